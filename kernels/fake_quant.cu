@@ -1,0 +1,158 @@
+// fake_quant and its backward: one thread takes 16 bytes, which is all a memory-bound kernel has to get right.
+// Contract: zsq_ext/ops/reference.py; arithmetic: fake_quant.h.
+#include "fake_quant.cuh"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "fake_quant.h"
+
+namespace zsq {
+namespace {
+
+// Enough warps per block to fill an SM with 8 blocks; no shared memory, so nothing else limits the choice.
+constexpr int kThreads = 256;
+
+// 16 bytes, the widest load a thread can issue.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T v[kSize];
+};
+
+// How the elements of one pack meet the channels.
+enum class Channels {
+  kOne,    // all in one channel: per tensor, or inner is a multiple of the pack
+  kEach,   // channels last, whole packs: element k is in channel c + k
+  kMixed,  // anything else: counted element by element
+};
+
+__device__ float widen(float v) { return v; }
+__device__ float widen(__half v) { return __half2float(v); }
+__device__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+__device__ void narrow(float v, float& out) { out = v; }
+__device__ void narrow(float v, __half& out) { out = __float2half_rn(v); }
+__device__ void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
+
+// Elements i, i + 1, ... of p. Whole packs in aligned memory are one load; what lies past the end is left as is.
+template <class T>
+__device__ void load(Pack<T>& pack, const T* p, int64_t i, int64_t n, bool aligned) {
+  if (aligned && i + Pack<T>::kSize <= n) {
+    pack = *reinterpret_cast<const Pack<T>*>(p + i);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < Pack<T>::kSize; ++k) {
+    if (i + k < n) pack.v[k] = p[i + k];
+  }
+}
+
+template <class T>
+__device__ void store(const Pack<T>& pack, T* p, int64_t i, int64_t n, bool aligned) {
+  if (aligned && i + Pack<T>::kSize <= n) {
+    *reinterpret_cast<Pack<T>*>(p + i) = pack;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < Pack<T>::kSize; ++k) {
+    if (i + k < n) p[i + k] = pack.v[k];
+  }
+}
+
+// Where element i stands: its channel, and how far into the channel's row. 64-bit division takes some 80
+// instructions, enough to be felt beside 16 bytes of traffic, so tensors below 2^32 elements avoid it.
+struct Place {
+  int64_t channel, offset;
+};
+
+__device__ Place place(int64_t i, const CudaFakeQuantArgs& a) {
+  if (a.n <= UINT32_MAX) {
+    const uint32_t row = uint32_t(i) / uint32_t(a.inner);
+    return {row % uint32_t(a.channels), uint32_t(i) - row * uint32_t(a.inner)};
+  }
+  const int64_t row = i / a.inner;
+  return {row % a.channels, i - row * a.inner};
+}
+
+template <class T, Channels kChannels, bool kBackward>
+__global__ void __launch_bounds__(kThreads) fake_quant_kernel(CudaFakeQuantArgs a, bool aligned) {
+  constexpr int kSize = Pack<T>::kSize;
+  const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
+  if (i >= a.n) return;
+
+  Pack<T> x{}, grad{}, out;
+  load(x, static_cast<const T*>(a.x), i, a.n, aligned);
+  if (kBackward) load(grad, static_cast<const T*>(a.grad), i, a.n, aligned);
+
+  Place at = a.channels == 1 ? Place{0, 0} : place(i, a);
+  Grid<float> q{__ldg(a.scale + at.channel), float(__ldg(a.zero_point + at.channel)), a.qmin, a.qmax};
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) {
+    if (k > 0 && kChannels == Channels::kEach) {
+      q.scale = __ldg(a.scale + at.channel + k);
+      q.zero_point = float(__ldg(a.zero_point + at.channel + k));
+    }
+    if (k > 0 && kChannels == Channels::kMixed) {
+      if (++at.offset == a.inner) {
+        at.offset = 0;
+        if (++at.channel == a.channels) at.channel = 0;
+        q.scale = __ldg(a.scale + at.channel);
+        q.zero_point = float(__ldg(a.zero_point + at.channel));
+      }
+    }
+    const float v = widen(x.v[k]);
+    if (kBackward) {
+      out.v[k] = inside(v, q) ? grad.v[k] : T(0.0f);
+    } else {
+      narrow(fake_quant(v, q), out.v[k]);
+    }
+  }
+  store(out, static_cast<T*>(a.out), i, a.n, aligned);
+}
+
+template <class T, Channels kChannels>
+void launch(const CudaFakeQuantArgs& a, bool aligned, cudaStream_t stream) {
+  const int64_t per_block = int64_t{kThreads} * Pack<T>::kSize;
+  const auto blocks = static_cast<unsigned>((a.n + per_block - 1) / per_block);
+  if (a.grad) {
+    fake_quant_kernel<T, kChannels, true><<<blocks, kThreads, 0, stream>>>(a, aligned);
+  } else {
+    fake_quant_kernel<T, kChannels, false><<<blocks, kThreads, 0, stream>>>(a, aligned);
+  }
+}
+
+template <class T>
+void launch(const CudaFakeQuantArgs& a, cudaStream_t stream) {
+  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  const bool aligned = (address(a.x) | address(a.grad) | address(a.out)) % sizeof(Pack<T>) == 0;
+  if (a.channels == 1 || a.inner % Pack<T>::kSize == 0) {
+    launch<T, Channels::kOne>(a, aligned, stream);
+  } else if (a.inner == 1 && a.channels % Pack<T>::kSize == 0) {
+    launch<T, Channels::kEach>(a, aligned, stream);
+  } else {
+    launch<T, Channels::kMixed>(a, aligned, stream);
+  }
+}
+
+}  // namespace
+
+cudaError_t cuda_fake_quant(const CudaFakeQuantArgs& args, cudaStream_t stream) {
+  if (args.n == 0) return cudaSuccess;
+  switch (args.dtype) {
+    case DType::f32:
+      launch<float>(args, stream);
+      break;
+    case DType::f16:
+      launch<__half>(args, stream);
+      break;
+    case DType::bf16:
+      launch<__nv_bfloat16>(args, stream);
+      break;
+    case DType::f64:
+      return cudaErrorInvalidValue;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace zsq

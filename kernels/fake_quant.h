@@ -1,0 +1,35 @@
+// Fake-quantization of one element, as zsq_ext/ops/reference.py defines it. Shared by the CPU and CUDA.
+#pragma once
+
+#include "arith.h"
+
+namespace zsq {
+
+// The quantizer's numbers for one element, in the type that computes: float, or double for double x.
+template <class T>
+struct Grid {
+  T scale;       // step, in units of x
+  T zero_point;  // a code
+  T qmin, qmax;  // inclusive
+};
+
+// x / scale + zero_point: the code before rounding and clamping.
+template <class T>
+ZSQ_HD T unrounded_code(T x, const Grid<T>& q) {
+  return add(div(x, q.scale), q.zero_point);
+}
+
+template <class T>
+ZSQ_HD T fake_quant(T x, const Grid<T>& q) {
+  const T code = clamp(add(round_half_even(div(x, q.scale)), q.zero_point), q.qmin, q.qmax);
+  return mul(sub(code, q.zero_point), q.scale);
+}
+
+// Where the straight-through gradient passes: decided before rounding, edges included, never for NaN.
+template <class T>
+ZSQ_HD bool inside(T x, const Grid<T>& q) {
+  const T v = unrounded_code(x, q);
+  return v >= q.qmin && v <= q.qmax;
+}
+
+}  // namespace zsq

@@ -1,0 +1,127 @@
+"""Who runs an op.
+
+A backend is a module of plain functions with the names and argument order of `reference`, plus two that say
+what it cannot do: `missing()`, why it is not on this machine, and `refuses(device, dtype)`, why it does not take
+such tensors. Each op is registered with torch once, here, and asks at run time who runs it.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+
+# What `auto` tries on a device, fastest first. A device that is not listed gets the reference.
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+# op name -> its schema, in the order of definition
+OPS: dict[str, str] = {}
+
+_library = torch.library.Library("zsq", "FRAGMENT")
+
+
+def _checked(name: str, source: str) -> str:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{source}: name must be one of auto, {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_choice = _checked(os.environ.get("ZSQ_BACKEND") or "auto", "ZSQ_BACKEND")
+
+
+def choice() -> str:
+    """The backend in force: "auto" or a forced one."""
+    return _choice
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the block every op runs on the backend called `name`, or raises NotImplementedError.
+
+    `"auto"` takes the fastest one that can and may fall back. The environment variable ZSQ_BACKEND sets what
+    holds outside any block. The choice is the process's, not the thread's, so that it also reaches the threads
+    autograd runs backward in; a backward that should use it must be called within the block.
+
+    Raises:
+        ValueError: no backend has that name.
+
+    Example:
+        >>> import torch, zsq_ext
+        >>> with zsq_ext.backend("reference"):
+        ...     zsq_ext.ops.fake_quant(torch.tensor([0.3]), torch.ones(1), torch.zeros(1, dtype=torch.int32), 0, 7)
+        tensor([0.])
+    """
+    global _choice
+    before, _choice = _choice, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def module(name: str) -> ModuleType:
+    """The backend's functions."""
+    return importlib.import_module(f"zsq_ext.ops.{name}")
+
+
+@functools.cache
+def missing(name: str) -> str | None:
+    """Why a backend is not on this machine, or None where it is. Asked once per process."""
+    return module(name).missing()
+
+
+def backends() -> dict[str, str | None]:
+    """What is available here: each backend's name, with None or the reason it is missing."""
+    return {name: missing(name) for name in NAMES}
+
+
+def reason_against(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why backend `name` does not run `op` on such tensors, or None where it does."""
+    reason = missing(name)
+    if reason is None and not hasattr(module(name), op):
+        reason = f"has no {op}"
+    return reason or module(name).refuses(device, dtype)
+
+
+@functools.cache
+def find(op: str, device: str, dtype: torch.dtype, chosen: str) -> Callable[..., Any]:
+    """The function that runs `op` on such tensors under a choice.
+
+    Raises:
+        NotImplementedError: the chosen backend cannot; says why.
+    """
+    candidates = _AUTO.get(device, ("reference",)) if chosen == "auto" else (chosen,)
+    reasons = []
+    for name in candidates:
+        reason = reason_against(name, op, device, dtype)
+        if reason is None:
+            return getattr(module(name), op)
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(
+        f"{op}: no backend for {str(dtype).removeprefix('torch.')} on {device} under {chosen!r} ({'; '.join(reasons)})"
+    )
+
+
+def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers an op with torch, once for all devices, and returns it.
+
+    Args:
+        schema: `name(Tensor x, ...) -> Tensor`; the first tensor's device and dtype decide who may run it.
+        fake: same arguments, returns empty tensors like the result; what compile and export trace with.
+    """
+    name = schema.partition("(")[0]
+    OPS[name] = schema
+
+    def run(first: torch.Tensor, *rest: Any) -> Any:
+        return find(name, first.device.type, first.dtype, _choice)(first, *rest)
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zsq::{name}", fake, lib=_library)
+    return getattr(torch.ops.zsq, name).default

@@ -1,0 +1,174 @@
+"""Fake-quantization: round to a b-bit grid and come back, with a straight-through gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsq_ext.ops import backend, reference
+
+_ARGS = "Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis=None"
+
+# x's dtype -> scale's, which is also the type that computes
+_COMPUTE = {
+    torch.float32: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float64: torch.float64,
+}
+
+# Codes are computed in float32, which holds every integer up to here.
+_CODE_LIMIT = 2**24
+
+
+def _fake(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, *grid: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+_op = backend.define(f"fake_quant({_ARGS}) -> Tensor", _fake)
+_op_backward = backend.define(f"fake_quant_backward(Tensor grad, {_ARGS}) -> Tensor", _fake_backward)
+
+
+def _decomposes() -> bool:
+    # A compiler fuses plain PyTorch with its neighbours, which no op of ours can. A forced backend stays
+    # opaque, and so does an exported graph, where one node that says fake_quant is worth more.
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and backend.choice() == "auto"
+
+
+def _forward(x: Tensor, *grid: Any) -> Tensor:
+    return reference.fake_quant(x, *grid) if _decomposes() else _op(x, *grid)
+
+
+def _backward(grad: Tensor, x: Tensor, *grid: Any) -> Tensor:
+    return reference.fake_quant_backward(grad, x, *grid) if _decomposes() else _op_backward(grad, x, *grid)
+
+
+class _Ste(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *grid: Any) -> Tensor:
+        return _forward(x, *grid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None, None, None
+
+
+class _SteClip(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.range = qmin, qmax, axis
+        return _forward(x, scale, zero_point, qmin, qmax, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Clip.apply(grad, *ctx.saved_tensors, *ctx.range), None, None, None, None, None
+
+
+class _Clip(torch.autograd.Function):
+    """The backward as a function of its own: linear in grad, so its derivative is itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.range = qmin, qmax, axis
+        return _backward(grad, x, scale, zero_point, qmin, qmax, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Clip.apply(grad, *ctx.saved_tensors, *ctx.range), None, None, None, None, None, None
+
+
+_GRADS: dict[str, type[torch.autograd.Function]] = {"ste_clip": _SteClip, "ste": _Ste}
+
+
+def fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    *,
+    grad: str = "ste_clip",
+    check: bool = False,
+) -> Tensor:
+    """Rounds x to a grid of steps and returns it in x's own units.
+
+        code = clamp(round_half_even(x / scale) + zero_point, qmin, qmax)
+        x_hat = (code - zero_point) * scale
+
+    Computed in float32 (float64 for float64 x), each operation rounded once, the result rounded once to x's
+    dtype. NaN stays NaN; infinities clamp. Every backend gives the same bits.
+
+    Args:
+        x: any shape and strides; float32, float16, bfloat16, or float64 (on the reference and cpu backends).
+        scale: the step, in units of x, > 0. Shape (1,), or (C,) with C = x.shape[axis]; float32, or float64
+            where x is. Gets no gradient.
+        zero_point: the code of x = 0. Shape (1,) or (C,), int32; may lie outside [qmin, qmax].
+        qmin, qmax: the codes' range, inclusive: (-8, 7) is signed 4 bits.
+        axis: the channels' dimension; None for one grid for the whole tensor.
+        grad: "ste_clip" passes the gradient where qmin <= x / scale + zero_point <= qmax, edges included and
+            before rounding; "ste" passes it everywhere and saves nothing.
+        check: also verify that scale is positive and finite, which waits for the device.
+
+    Returns:
+        A tensor of x's shape, dtype and memory format.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape, device, range, axis or name is not as above.
+        NotImplementedError: the forced backend cannot run it; says why.
+
+    Example:
+        >>> x = torch.tensor([[-3.0, 0.26], [0.5, 9.0]])
+        >>> scale, zero_point = torch.tensor([0.5, 1.0]), torch.zeros(2, dtype=torch.int32)
+        >>> fake_quant(x, scale, zero_point, -8, 7, axis=0)
+        tensor([[-3.0000,  0.5000],
+                [ 0.0000,  7.0000]])
+
+    Source: B. Jacob et al., Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference, CVPR 2018; the straight-through gradient is Bengio et al., 2013.
+    """
+    compute = _COMPUTE.get(x.dtype)
+    if compute is None:
+        raise TypeError(f"fake_quant: x must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if scale.dtype is not compute:
+        raise TypeError(f"fake_quant: scale must be {compute} for {x.dtype} x, got {scale.dtype}")
+    if zero_point.dtype is not torch.int32:
+        raise TypeError(f"fake_quant: zero_point must be torch.int32, got {zero_point.dtype}")
+    if not -_CODE_LIMIT <= qmin <= qmax <= _CODE_LIMIT:
+        raise ValueError(f"fake_quant: qmin must be <= qmax, both within 2**24 of 0, got {qmin} and {qmax}")
+    if grad not in _GRADS:
+        raise ValueError(f"fake_quant: grad must be one of {', '.join(_GRADS)}, got {grad!r}")
+
+    channels = 1
+    if axis is not None:
+        dims = x.dim()
+        if not -dims <= axis < dims:
+            raise ValueError(f"fake_quant: axis must be in [{-dims}, {dims - 1}], got {axis}")
+        axis %= dims
+        channels = x.size(axis)
+    for name, t in (("scale", scale), ("zero_point", zero_point)):
+        if t.dim() != 1 or t.size(0) not in (1, channels):
+            shapes = "(1,)" if axis is None else f"(1,) or ({channels},)"
+            raise ValueError(f"fake_quant: {name} must have shape {shapes}, got {tuple(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"fake_quant: {name} must be on {x.device}, got {t.device}")
+    if scale.size(0) != zero_point.size(0):
+        scale, zero_point = scale.expand(channels), zero_point.expand(channels)
+    scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    if check and not bool(((scale > 0) & (scale < torch.inf)).all()):
+        raise ValueError(f"fake_quant: scale must be positive and finite, got {scale.tolist()}")
+
+    if x.requires_grad and torch.is_grad_enabled():
+        return _GRADS[grad].apply(x, scale, zero_point, qmin, qmax, axis)
+    return _forward(x, scale, zero_point, qmin, qmax, axis)

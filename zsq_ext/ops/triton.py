@@ -1,0 +1,55 @@
+"""Backend `triton`: the Triton kernels of kernels/*.py, on CUDA, or on the CPU under TRITON_INTERPRET=1."""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from zsq_ext.ops.layout import channels_of, in_layout_of
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if _interpreted() or torch.cuda.is_available():
+        return None
+    return "no CUDA device is visible, and TRITON_INTERPRET=1 is not set"
+
+
+def refuses(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cuda" and not (device == "cpu" and _interpreted()):
+        return f"takes CUDA tensors, not {device}"
+    return None if dtype in _DTYPES else f"takes no {dtype}"
+
+
+def _fake_quant(
+    grad: Tensor | None, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
+) -> Tensor:
+    kernels = importlib.import_module("zsq_ext.kernels.fake_quant")
+    out = torch.empty_like(x)
+    x = in_layout_of(out, x)
+    if grad is not None:
+        grad = in_layout_of(out, grad)
+    channels, inner = channels_of(out, scale, axis)
+    with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
+        kernels.fake_quant(grad, x, out, scale, zero_point, x.numel(), channels, inner, qmin, qmax)
+    return out
+
+
+def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None) -> Tensor:
+    return _fake_quant(None, x, scale, zero_point, qmin, qmax, axis)
+
+
+def fake_quant_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
+) -> Tensor:
+    return _fake_quant(grad, x, scale, zero_point, qmin, qmax, axis)

@@ -1,0 +1,1 @@
+"""Making images: engines, the image pipeline and the objectives they minimise."""

@@ -1,0 +1,1 @@
+"""Using images: fine-tuning, block reconstruction and their losses."""

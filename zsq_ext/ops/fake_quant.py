@@ -1,5 +1,6 @@
 """Fake-quantization: round to a b-bit grid and come back, with a straight-through gradient."""
 
+import math
 from typing import Any
 
 import torch
@@ -90,6 +91,12 @@ class _Clip(torch.autograd.Function):
 _GRADS: dict[str, type[torch.autograd.Function]] = {"ste_clip": _SteClip, "ste": _Ste}
 
 
+def _check_scale(scale: Tensor) -> None:
+    for channel, value in enumerate(scale.tolist()):
+        if not 0 < value < math.inf:
+            raise ValueError(f"fake_quant: scale must be positive and finite, got {value} in channel {channel}")
+
+
 def fake_quant(
     x: Tensor,
     scale: Tensor,
@@ -154,7 +161,8 @@ def fake_quant(
     if axis is not None:
         dims = x.dim()
         if not -dims <= axis < dims:
-            raise ValueError(f"fake_quant: axis must be in [{-dims}, {dims - 1}], got {axis}")
+            rule = f"in [{-dims}, {dims - 1}]" if dims else "None for 0-d x"
+            raise ValueError(f"fake_quant: axis must be {rule}, got {axis}")
         axis %= dims
         channels = x.size(axis)
     for name, t in (("scale", scale), ("zero_point", zero_point)):
@@ -166,8 +174,8 @@ def fake_quant(
     if scale.size(0) != zero_point.size(0):
         scale, zero_point = scale.expand(channels), zero_point.expand(channels)
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
-    if check and not bool(((scale > 0) & (scale < torch.inf)).all()):
-        raise ValueError(f"fake_quant: scale must be positive and finite, got {scale.tolist()}")
+    if check:
+        _check_scale(scale)
 
     if x.requires_grad and torch.is_grad_enabled():
         return _GRADS[grad].apply(x, scale, zero_point, qmin, qmax, axis)

@@ -21,7 +21,7 @@ def refuses(device: str, dtype: torch.dtype) -> str | None:
 def _grid(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """x in the type that computes (float32, or float64 for float64), and the grid shaped to broadcast over it."""
     shape = [1] * x.dim()
-    if scale.numel() > 1 and axis is not None:
+    if axis is not None:
         shape[axis] = scale.numel()
     return x.to(scale.dtype), scale.reshape(shape), zero_point.to(scale.dtype).reshape(shape)
 

@@ -28,6 +28,8 @@ def missing() -> str | None:
 def refuses(device: str, dtype: torch.dtype) -> str | None:
     if device != "cuda" and not (device == "cpu" and _interpreted()):
         return f"takes CUDA tensors, not {device}"
+    if device == "cpu" and dtype == torch.bfloat16:
+        return "takes no torch.bfloat16 when interpreted: the interpreter truncates where hardware rounds"
     return None if dtype in _DTYPES else f"takes no {dtype}"
 
 

@@ -1,0 +1,1 @@
+"""Networks, embedded tasks, shipped weights, data readers and checkpoint adapters."""

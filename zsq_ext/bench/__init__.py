@@ -1,0 +1,48 @@
+"""Measuring: suites of rows, each with what the machine allows and what others take, from the same run."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from zsq_ext.bench.timing import environment
+from zsq_ext.core.progress import QUIET, Progress
+
+# suite -> "module:function". The function takes a Progress and returns rows as `timing.row` makes them.
+SUITES = {
+    "families": "zsq_ext.bench.families:rows",
+}
+
+
+def run(suite: str, progress: Progress = QUIET) -> dict[str, Any]:
+    """Runs one suite.
+
+    Returns:
+        {"suite", "environment", "rows"}, ready for JSON.
+
+    Raises:
+        ValueError: no suite has that name.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"bench: suite must be one of {', '.join(SUITES)}, got {suite!r}")
+    module, _, function = SUITES[suite].partition(":")
+    rows = getattr(importlib.import_module(module), function)(progress)
+    return {"suite": suite, "environment": environment(), "rows": rows}
+
+
+def save(result: dict[str, Any], path: str | Path) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def lines(result: dict[str, Any]) -> list[list[str]]:
+    """The rows as cells of text, the header first; the last column says how often faster than each peer."""
+    table = [["op", "case", "dtype", "device", "backend", "pass", "ms", "p10-p90", "% of floor", "faster than"]]
+    for r in result["rows"]:
+        floor = "" if r["pct_of_floor"] is None else f"{r['pct_of_floor']:.0f}"
+        peers = ", ".join(f"{name} {ms / r['ms']:.1f}x" for name, ms in r["peers"].items())
+        spread = f"{r['ms_p10']:.4g}-{r['ms_p90']:.4g}"
+        names = [r[key] for key in ("op", "case", "dtype", "device", "backend", "pass")]
+        table.append([*names, f"{r['ms']:.4g}", spread, floor, peers])
+    return table

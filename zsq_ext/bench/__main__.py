@@ -1,0 +1,23 @@
+"""`python -m zsq_ext.bench --suite families --json FILE`: `zsq bench` where typer and rich are not installed."""
+
+import argparse
+import sys
+
+from zsq_ext import bench
+from zsq_ext.core.progress import Progress
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", default="families", choices=list(bench.SUITES))
+    parser.add_argument("--json", help="where the rows go; without it they are only printed")
+    args = parser.parse_args()
+    result = bench.run(args.suite, Progress())
+    if args.json:
+        bench.save(result, args.json)
+    for line in bench.lines(result):
+        sys.stdout.write("  ".join(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,7 @@ def affine_params(
 
     Real zero is always a grid point. With `include_zero=False` it may lie outside [qmin, qmax], as the
     published weight quantizers have it. A channel that is constant and far from zero would need a zero-point
-    beyond int32; its scale is therefore at least 2^-24 of its largest bound, which still reproduces the
+    beyond int32; its scale is therefore at least 2^-23 of its largest bound, which still reproduces the
     constant.
 
     Args:
@@ -144,7 +144,8 @@ def lp_search(
         bits, signed, include_zero: the quantizer, as for `affine_params`.
         p: the norm's exponent, > 0; 2 is the mean squared error, 2.4 what BRECQ and Genie use.
         axis: the channel axis, one ratio per channel; None takes the whole tensor.
-        start: (lo, hi) to shrink instead of the extremes of x, for instance (-m, m) with m = max |x|.
+        start: (lo, hi), (1,) or (C,), to shrink instead of the extremes of x, for instance (-m, m) with
+            m = max |x|. The zero-point of such a symmetric range is a rounding tie: take only its scale.
         ratios: the factors r to try, in order.
 
     Returns:
@@ -162,7 +163,7 @@ def lp_search(
     if not ratios:
         raise ValueError("lp_search: ratios must name at least one factor, got none")
     rows = _wide(_rows(x, axis, "lp_search"), "lp_search", "x")
-    lo, hi = rows.aminmax(dim=1) if start is None else (_wide(t, "lp_search", "start") for t in start)
+    lo, hi = rows.aminmax(dim=1) if start is None else (_wide(t, "lp_search", "start").reshape(-1) for t in start)
     best_lo, best_hi, best_error = lo, hi, torch.full_like(lo, math.inf)
     for ratio in ratios:
         scale, zero_point, qmin, qmax = affine_params(

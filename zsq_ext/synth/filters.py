@@ -100,6 +100,9 @@ class LowPass(nn.Module):
     Source: SynQ (arXiv 2603.18423), eq. 4.
     """
 
+    rows: Tensor
+    columns: Tensor
+
     def __init__(self, size: tuple[int, int], d0: float = 80.0):
         super().__init__()
         height, width = size

@@ -17,6 +17,11 @@ RELEASED_LBNS_BATCH = 256
 """SynQ's released code divides the layered BN loss by the number of layers times this."""
 
 
+def widen(x: Tensor) -> Tensor:
+    """x in fp32 if it is fp16 or bf16, else x itself."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 # Statistics of a BN input
 
 
@@ -38,7 +43,7 @@ def channel_sums(u: Tensor, centre: Tensor | None = None) -> tuple[Tensor, Tenso
     """
     if u.ndim < 2 or u.numel() == 0:
         raise ValueError(f"channel_sums: u must be a non-empty (N, C, ...), got shape {tuple(u.shape)}")
-    u = _wide(u)
+    u = widen(u)
     if centre is not None:
         u = u - centre.to(u.dtype).view(1, -1, *[1] * (u.ndim - 2))
     axes = [0, *range(2, u.ndim)]
@@ -107,11 +112,10 @@ def merge_statistics(
         )
     if min(counts) <= 0:
         raise ValueError(f"merge_statistics: counts must be positive, got {min(counts)}")
-    total = sum(counts)
-    mean = sum(m * (n / total) for m, n in zip(means, counts, strict=True))
-    parts = zip(means, variances, counts, strict=True)
-    variance = sum((v + (m - mean).square()) * (n / total) for m, v, n in parts)
-    return mean, variance
+    shares = [n / sum(counts) for n in counts]
+    mean = torch.stack([m * share for m, share in zip(means, shares, strict=True)]).sum(0)
+    parts = zip(means, variances, shares, strict=True)
+    return mean, torch.stack([(v + (m - mean).square()) * share for m, v, share in parts]).sum(0)
 
 
 # Batch-norm statistics losses
@@ -155,15 +159,14 @@ def bn_statistics_loss(
         weights = [1.0] * layers
     elif len(weights) != layers:
         raise ValueError(f"bn_statistics_loss: weights must have one value per layer ({layers}), got {len(weights)}")
-    total = 0.0
+    distances = []
     for w, m, v, mu, var in zip(weights, means, variances, target_means, target_variances, strict=True):
         if form == "mean_var":
-            distance = F.mse_loss(m, mu) + F.mse_loss(v, var)
+            distances.append(w * (F.mse_loss(m, mu) + F.mse_loss(v, var)))
         else:
             gap = (v + std_eps).sqrt() - (var + std_eps).sqrt()
-            distance = (m - mu).square().sum() + gap.square().sum()
-        total = total + w * distance
-    return total / layers
+            distances.append(w * ((m - mu).square().sum() + gap.square().sum()))
+    return torch.stack(distances).mean()
 
 
 def split_index(layers: int) -> int:
@@ -214,10 +217,9 @@ def layered_bn_statistics_loss(
     if divide_by not in divisors:
         raise ValueError(f'layered_bn_statistics_loss: divide_by must be "layers" or "released", got {divide_by!r}')
     deep = slice(split_index(layers), None)
-    total = 0.0
-    for m, v, mu, var in zip(means[deep], variances[deep], centre_means[deep], centre_variances[deep], strict=True):
-        total = total + F.mse_loss(m, mu) + F.mse_loss(v, var)
-    return total / divisors[divide_by]
+    pairs = zip(means[deep], variances[deep], centre_means[deep], centre_variances[deep], strict=True)
+    distances = [F.mse_loss(m, mu) + F.mse_loss(v, var) for m, v, mu, var in pairs]
+    return torch.stack(distances).sum() / divisors[divide_by]
 
 
 def calibration_centre_weights(layers: int, shallow: float = 0.2, deep: float = 1.1) -> list[float]:
@@ -272,7 +274,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         The loss.
     """
-    return F.cross_entropy(_wide(logits), labels)
+    return F.cross_entropy(widen(logits), labels)
 
 
 def wrong_over_right(logits: Tensor, labels: Tensor) -> Tensor:
@@ -296,7 +298,7 @@ def wrong_over_right(logits: Tensor, labels: Tensor) -> Tensor:
             "wrong_over_right: logits must be (N, K) with K >= 2 and labels (N,), "
             f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
-    logits, index = _wide(logits), labels[:, None]
+    logits, index = widen(logits), labels[:, None]
     return logits.scatter(1, index, -math.inf).logsumexp(1) - logits.gather(1, index)[:, 0]
 
 
@@ -347,7 +349,3 @@ def _check_layers(function: str, *lists: Sequence[Tensor]) -> int:
             f"got {', '.join(str(len(values)) for values in lists)}"
         )
     return lengths.pop()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

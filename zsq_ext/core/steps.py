@@ -1,0 +1,161 @@
+"""The step runner that every engine shares: guarded, logged, checkpointed, exactly resumable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsq_ext.core.progress import Progress
+from zsq_ext.core.run import Run
+
+READ_EVERY = 10
+"""Steps between two looks at the device: loss values and not-finite flags come back in one transfer."""
+
+Terms = dict[str, Tensor]
+"""Loss terms by name, each a 0-d tensor."""
+
+
+class Diverged(RuntimeError):
+    """A loss term stopped being a finite number."""
+
+
+class State:
+    """The tensors that a stage changes: what a checkpoint holds.
+
+    Args:
+        tensors: live tensors by name; they are written to in place by the stage and by ``load``.
+        optimizers: torch optimizers by name; their state belongs to the stage too.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer] | None = None
+    ) -> None:
+        self._tensors, self._optimizers = dict(tensors), dict(optimizers or {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by name, for a checkpoint."""
+        found = {f"state.{name}": tensor for name, tensor in self._tensors.items()}
+        for name, optimizer in self._optimizers.items():
+            for index, slots in optimizer.state_dict()["state"].items():
+                for slot, value in slots.items():
+                    if isinstance(value, Tensor):
+                        found[f"optimizer.{name}.{index}.{slot}"] = value
+        return found
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Puts a checkpoint back in place."""
+        for name, tensor in self._tensors.items():
+            tensor.copy_(saved[f"state.{name}"])
+        for name, optimizer in self._optimizers.items():
+            slots: dict[int, dict[str, Tensor]] = {}
+            for key, value in saved.items():
+                if key.startswith(f"optimizer.{name}."):
+                    index, slot = key.removeprefix(f"optimizer.{name}.").split(".")
+                    slots.setdefault(int(index), {})[slot] = value
+            groups = optimizer.state_dict()["param_groups"]
+            rates = [group["lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict({"state": slots, "param_groups": groups})
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate  # a rate that lives in a tensor of ours must stay that tensor
+
+
+def run_steps(
+    run: Run,
+    name: str,
+    count: int,
+    step: Callable[[int], Terms],
+    state: State,
+    *,
+    progress: Progress,
+    advice: str,
+    title: str | None = None,
+    after: Callable[[int], dict[str, Any] | None] | None = None,
+) -> list[dict[str, Any]]:
+    """Runs ``step(0) ... step(count - 1)``, continuing from a checkpoint of that name if the run holds one.
+
+    Every ``READ_EVERY`` steps one transfer brings back the last losses and, per term, the first step at which it was
+    not finite. A checkpoint is only written after such a look, so it never holds a poisoned state.
+
+    Args:
+        run: where checkpoints go.
+        name: the stage's name, for its checkpoint and its errors.
+        count: number of steps.
+        step: does one step and returns its loss terms; it must depend on the step number and ``state`` alone.
+        state: what ``step`` changes.
+        progress: where to report.
+        advice: what a person should try if the stage diverges.
+        title: what the progress bar says; the name by default.
+        after: called behind every step; what it returns, if anything, becomes a row of the history.
+
+    Returns:
+        The history: one {"step": n, term: value} per look.
+
+    Raises:
+        Diverged: a term was not finite, with the step, the term and the advice.
+    """
+    begin, history = 0, []
+    held = run.load(f"checkpoint-{name}")
+    if held is not None:
+        tensors, info = held
+        state.load(tensors)
+        begin, history = int(info["step"]), list(info["history"])
+    guard = _Guard(name, advice)
+    saved_at = time.monotonic()
+    with progress.stage(title or name, count) as stage:
+        stage.advance(begin)
+        for n in range(begin, count):
+            guard.watch(n, step(n))
+            look = (n + 1) % READ_EVERY == 0 or n + 1 == count
+            values = guard.read() if look else None
+            if values is not None:
+                history.append({"step": n + 1, **values})
+            row = after(n) if after is not None else None
+            if row is not None:
+                history.append({"step": n + 1, **row})
+            note = f"loss {sum(values.values()):.4g}" if values else ""
+            stage.advance(1, note)
+            if look and time.monotonic() - saved_at >= run.checkpoint_seconds:
+                run.save(f"checkpoint-{name}", state.tensors(), {"step": n + 1, "history": history})
+                saved_at = time.monotonic()
+    return history
+
+
+def end_stage(run: Run, name: str) -> None:
+    """Removes a stage's checkpoint once its result is safe elsewhere."""
+    run.remove(f"checkpoint-{name}")
+
+
+class _Guard:
+    """Remembers on the device which term was not finite first, and when."""
+
+    def __init__(self, stage: str, advice: str) -> None:
+        self._stage, self._advice = stage, advice
+        self._names: tuple[str, ...] = ()
+        self._last: Tensor | None = None
+        self._first_bad: Tensor | None = None
+
+    def watch(self, step: int, terms: Terms) -> None:
+        names = tuple(terms)
+        values = torch.stack([value.detach().float() for value in terms.values()])
+        if names != self._names or self._first_bad is None:
+            self.read()
+            self._names, self._first_bad = names, torch.full_like(values, -1.0)
+        self._last = values
+        fresh = ~values.isfinite() & (self._first_bad < 0)
+        self._first_bad = torch.where(fresh, torch.full_like(values, float(step)), self._first_bad)
+
+    def read(self) -> dict[str, float] | None:
+        """The last values by term; the one place where the host waits for the device."""
+        if self._last is None or self._first_bad is None:
+            return None
+        values, first_bad = torch.stack([self._last, self._first_bad]).tolist()
+        bad = [(int(step), name) for step, name in zip(first_bad, self._names, strict=True) if step >= 0]
+        if bad:
+            step, name = min(bad)
+            raise Diverged(f"{self._stage}: loss term '{name}' is not finite at step {step}. {self._advice}")
+        return dict(zip(self._names, values, strict=True))

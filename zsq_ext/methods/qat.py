@@ -1,0 +1,248 @@
+"""Noise-optimised images, then distillation: the phases that ZeroQ, IntraQ, HAST and SynQ share.
+
+A method of this lineage is a ``QatConfig`` and the order in which it calls these phases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from zsq_ext.core.progress import Progress
+from zsq_ext.core.rng import stream
+from zsq_ext.core.run import Run
+from zsq_ext.core.spec import InputSpec
+from zsq_ext.core.steps import Terms
+from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.modules import activation_quantizers, calibrating
+from zsq_ext.synth.filters import LowPass as LowPassFilter
+from zsq_ext.synth.generator import GeneratorConfig, train_generator
+from zsq_ext.synth.objectives import (
+    bn_statistics_loss,
+    calibration_centre_loss,
+    cross_entropy,
+    focal_ce,
+    layered_bn_statistics_loss,
+)
+from zsq_ext.synth.pixels import Objective, PixelConfig, make_images
+from zsq_ext.synth.teacher import Context, Teacher
+from zsq_ext.tune.distill import DistillConfig, Distiller
+from zsq_ext.tune.finetune import TuneConfig, Tuned, finetune
+from zsq_ext.tune.ideas import LowPass
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every method is given: the captured teacher, what is asked for, and where to work."""
+
+    run: Run
+    teacher: fx.GraphModule
+    spec: InputSpec
+    qconfig: QConfig
+    seed: int
+    progress: Progress
+    evaluate: Callable[[fx.GraphModule], float] | None = None
+    given: tuple[Tensor, Tensor] | None = None  # the user's images and labels, instead of synthetic ones
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.teacher.parameters()).device
+
+    @property
+    def num_classes(self) -> int:
+        return self.spec.num_classes or 0  # the front door fills it in
+
+
+@dataclass(frozen=True)
+class Images:
+    """An image set: the part that tunes and the part held out from tuning, (N, C, H, W) and (N,)."""
+
+    images: Tensor
+    labels: Tensor
+    held_out: Tensor
+    held_out_labels: Tensor
+    history: list[dict] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method returns."""
+
+    student: fx.GraphModule
+    images: Images
+    histories: dict[str, list[dict]]
+    evaluations: list[dict]
+
+
+@dataclass(frozen=True)
+class QatConfig:
+    """Every hyperparameter of the lineage. Defaults are SynQ's released ones for ImageNet (spec: section 3)."""
+
+    # stage A: images
+    source: str = "pixels"  # or "noise": Gaussian images, the control
+    images: int = 5120
+    held_out: int = 256  # made on top, for the label-free quality
+    pixels: PixelConfig = field(default_factory=PixelConfig)
+    bns: float = 1.0  # weight of the BN statistics; 0.4 beside L-BNS
+    bns_form: str = "mean_var"  # released; "mean_std" in the paper
+    beta: float = 0.1  # hard-sample inception loss; (10, 2) on CIFAR in HAST
+    gamma: float = 0.5
+    lbns: float = 0.0  # L-BNS weight; 0.02 where it is on
+    lbns_divide_by: str = "layers"  # "released" also divides by 256, which switches it off in effect
+    centres: bool = False  # calibration centres: made for L-BNS, or to join the tuning set
+    centre_pixels: PixelConfig = field(default_factory=lambda: PixelConfig(iterations=1500, min_lr=0.05))
+    # stage B: ranges and tuning
+    ranges: str = "generator"  # as released; "images" uses the (filtered) images themselves
+    range_steps: int = 40
+    range_batch: int = 64
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+
+
+def low_pass(config: QatConfig, spec: InputSpec, device: torch.device, when: str) -> Callable[[Tensor], Tensor] | None:
+    """The low-pass filter, if it is switched on for that moment (``"once"`` or ``"step"``)."""
+    idea = config.distill.find(LowPass)
+    if idea is None or idea.when != when:
+        return None
+    return LowPassFilter(spec.shape[1:], idea.d0).to(device)
+
+
+def synthesise(job: Job, config: QatConfig) -> Images:
+    """Stage A: labelled images from the teacher alone (or noise, or what the user gave)."""
+    if job.given is not None:
+        return hold_out(*job.given, min(config.held_out, len(job.given[0]) // 8))
+    total = config.images + config.held_out
+    labels = torch.randint(job.num_classes, (total,), generator=stream(job.seed, "labels")).to(job.device)
+    if config.source == "noise":
+        noise = torch.randn(total, *job.spec.shape, generator=stream(job.seed, "noise"))
+        return hold_out(noise.to(job.device), labels, config.held_out)
+    teacher = Teacher(job.teacher)
+    centres = calibration_centres(job, config, teacher) if config.centres else None
+    objective = inception(config, teacher, centres)
+    images, history = make_images(
+        job.run,
+        "images",
+        teacher,
+        labels,
+        job.spec.shape,
+        objective,
+        config.pixels,
+        seed=job.seed,
+        progress=job.progress,
+    )
+    made = hold_out(images, labels, config.held_out, history)
+    if centres is None or config.lbns > 0:
+        return made
+    # without L-BNS the centres join the tuning set
+    own = torch.arange(job.num_classes, device=job.device)
+    return replace(made, images=torch.cat([made.images, centres]), labels=torch.cat([made.labels, own]))
+
+
+def hold_out(images: Tensor, labels: Tensor, count: int, history: list[dict] | None = None) -> Images:
+    """Splits the last ``count`` images off."""
+    cut = len(images) - count
+    return Images(images[:cut], labels[:cut], images[cut:], labels[cut:], history or [])
+
+
+def inception(config: QatConfig, teacher: Teacher, centres: Tensor | None) -> Objective:
+    """The images' loss: hard-sample inception + BN statistics (+ L-BNS towards the calibration centres)."""
+    targets = teacher.statistics(centres, config.pixels.batch) if centres is not None and config.lbns > 0 else None
+
+    def objective(seen: Context) -> Terms:
+        means, variances = teacher.target_means, teacher.target_variances
+        bns = bn_statistics_loss(seen.means, seen.variances, means, variances, form=config.bns_form)
+        terms = {
+            "hil": focal_ce(seen.logits, seen.labels, beta=config.beta, gamma=config.gamma),
+            "bns": config.bns * bns,
+        }
+        if targets is not None:
+            terms["lbns"] = config.lbns * layered_bn_statistics_loss(
+                seen.means, seen.variances, *targets, divide_by=config.lbns_divide_by
+            )
+        return terms
+
+    return objective
+
+
+def calibration_centres(job: Job, config: QatConfig, teacher: Teacher) -> Tensor:
+    """One image per class, in order: 5 CE + the layered BN statistics (TexQ's idea, SynQ's form)."""
+
+    def objective(seen: Context) -> Terms:
+        bns = calibration_centre_loss(seen.means, seen.variances, teacher.target_means, teacher.target_variances)
+        return {"ce": 5 * cross_entropy(seen.logits, seen.labels), "bns": bns}
+
+    labels = torch.arange(job.num_classes, device=job.device)
+    centres, _ = make_images(
+        job.run,
+        "centres",
+        teacher,
+        labels,
+        job.spec.shape,
+        objective,
+        config.centre_pixels,
+        seed=job.seed,
+        progress=job.progress,
+    )
+    return centres
+
+
+def calibrate(job: Job, config: QatConfig, student: fx.GraphModule, images: Tensor) -> list[dict]:
+    """Finds the activation ranges, from the images or from a generator that is trained on the way (as released)."""
+    if not activation_quantizers(student):
+        return []
+    with calibrating(student):
+        if config.ranges == "generator":
+
+            def observe(batch: Tensor) -> None:
+                with torch.no_grad():
+                    student(batch)
+
+            buffers = {name: b for name, b in student.named_buffers() if name.startswith("quantizers.")}
+            return train_generator(
+                job.run,
+                "ranges",
+                Teacher(job.teacher),
+                job.num_classes,
+                job.spec.shape,
+                config.generator,
+                on_images=observe,
+                extra_state=buffers,
+                seed=job.seed,
+                progress=job.progress,
+            )
+        _observe_images(job, config, student, images)
+    return []
+
+
+@torch.no_grad()
+def _observe_images(job: Job, config: QatConfig, student: fx.GraphModule, images: Tensor) -> None:
+    filter_images = low_pass(config, job.spec, job.device, "step")
+    with job.progress.stage("ranges", config.range_steps) as stage:
+        for n in range(config.range_steps):
+            draw = torch.randint(
+                len(images), (min(config.range_batch, len(images)),), generator=stream(job.seed, "ranges", n)
+            )
+            batch = images[draw.to(job.device)]
+            student(batch if filter_images is None else filter_images(batch))
+            stage.advance()
+
+
+def tune(job: Job, config: QatConfig, student: fx.GraphModule, images: Images) -> Tuned:
+    """Stage B: the student learns the teacher's answers on the images."""
+    return finetune(
+        job.run,
+        "tuning",
+        student,
+        images.images,
+        images.labels,
+        Distiller(job.teacher, student, config.distill),
+        config.tune,
+        seed=job.seed,
+        progress=job.progress,
+        filter_batch=low_pass(config, job.spec, job.device, "step"),
+        evaluate=job.evaluate,
+    )

@@ -1,0 +1,141 @@
+"""The two quantizers that are inserted into a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from zsq_ext.ops import fake_quant
+from zsq_ext.quant.ranges import affine_params, ema_update, ema_update_legacy, ema_value, lp_search, min_max
+
+
+class WeightQuantizer(nn.Module):
+    """Per-output-channel asymmetric fake-quantization of a weight, straight-through everywhere.
+
+    Args:
+        name: the site's name.
+        bits: 2 to 8.
+        axis: the output-channel axis.
+        frozen_range: (lo, hi), each (C,); None takes the live extremes at every forward, as the ZeroQ lineage does.
+    """
+
+    lo: Tensor | None
+    hi: Tensor | None
+
+    def __init__(self, name: str, bits: int, axis: int, frozen_range: tuple[Tensor, Tensor] | None = None) -> None:
+        super().__init__()
+        self.name, self.bits, self.axis = name, bits, axis
+        lo, hi = frozen_range if frozen_range is not None else (None, None)
+        self.register_buffer("lo", lo)
+        self.register_buffer("hi", hi)
+
+    def params(self, weight: Tensor) -> tuple[Tensor, Tensor, int, int]:
+        """(scale, zero_point, qmin, qmax) for this weight: fp32 (C,), int32 (C,) and two ints."""
+        lo, hi = min_max(weight, self.axis) if self.lo is None or self.hi is None else (self.lo, self.hi)
+        return affine_params(lo, hi, self.bits, signed=True, include_zero=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return fake_quant(weight, *self.params(weight), axis=self.axis, grad="ste")
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, bits={self.bits}, axis={self.axis}"
+
+
+class ActivationQuantizer(nn.Module):
+    """Per-tensor asymmetric fake-quantization of an activation, straight-through everywhere.
+
+    While ``calibrating(model)`` holds, every forward moves the range; otherwise the range stands still. The range is
+    kept in buffers, so it is saved, copied and moved with the model. Zero is always a code: padding stays exact.
+
+    Args:
+        name: the site's name.
+        bits: 2 to 8.
+        range_kind: one of ``QConfig.a_range``.
+        beta: memory of the moving average.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    batches: Tensor
+
+    def __init__(self, name: str, bits: int, range_kind: str = "ema", beta: float = 0.9) -> None:
+        super().__init__()
+        self.name, self.bits, self.range_kind, self.beta = name, bits, range_kind, beta
+        self.observing = False
+        # lo and hi hold what the kind of range accumulates: raw averages, the released recursion, or extremes
+        self.register_buffer("lo", torch.zeros(1))
+        self.register_buffer("hi", torch.zeros(1))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Moves the range by one batch; no host synchronisation."""
+        if self.range_kind == "lp":
+            lo, hi = lp_search(x, self.bits, signed=False, include_zero=True)
+        else:
+            lo, hi = min_max(x)
+        lo, hi = lo.float(), hi.float()
+        if self.range_kind == "minmax":
+            new = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi), self.batches + 1
+        elif self.range_kind == "legacy_ema":
+            new = ema_update_legacy(self.lo, self.hi, self.batches, lo, hi, self.beta)
+        else:
+            new = ema_update(self.lo, self.hi, self.batches, lo, hi, self.beta)
+        for buffer, value in zip((self.lo, self.hi, self.batches), new, strict=True):
+            buffer.copy_(value)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The current (lo, hi), each fp32 (1,)."""
+        if self.range_kind in ("ema", "lp"):
+            return ema_value(self.lo, self.hi, self.batches, self.beta)
+        return self.lo, self.hi
+
+    @torch.no_grad()
+    def set_range(self, lo: float, hi: float) -> None:
+        """Sets the range, as if one batch with these extremes had been seen."""
+        if not lo < hi:
+            raise ValueError(f"set_range: lo must be < hi, got {lo} and {hi}")
+        weight = 1 - self.beta if self.range_kind in ("ema", "lp") else 1.0
+        self.lo.fill_(lo * weight)
+        self.hi.fill_(hi * weight)
+        self.batches.fill_(1)
+
+    def params(self) -> tuple[Tensor, Tensor, int, int]:
+        """(scale, zero_point, qmin, qmax): fp32 (1,), int32 (1,) and two ints; unsigned codes."""
+        return affine_params(*self.range(), self.bits, signed=False, include_zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observing:
+            self.observe(x)
+        return fake_quant(x, *self.params(), grad="ste")
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, bits={self.bits}, range={self.range_kind}"
+
+
+def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    """All activation quantizers of a prepared network, in execution order."""
+    return [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """While it holds, every forward of ``model`` moves the activation ranges."""
+    quantizers = activation_quantizers(model)
+    for quantizer in quantizers:
+        quantizer.observing = True
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.observing = False
+
+
+def weight_range(weight: Tensor, axis: int, bits: int, kind: str) -> tuple[Tensor, Tensor] | None:
+    """The frozen range a weight quantizer starts with; None where it follows the live weight."""
+    if kind == "minmax":
+        return None
+    return lp_search(weight, bits, axis=axis, signed=True, include_zero=False)

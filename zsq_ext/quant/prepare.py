@@ -1,0 +1,109 @@
+"""From a captured network and a configuration to the fake-quantized network."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from dataclasses import dataclass
+
+from torch import fx
+
+from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.graph import (
+    activations_after_relu,
+    activations_all_layers,
+    attribute,
+    find,
+    weights,
+)
+from zsq_ext.quant.modules import ActivationQuantizer, WeightQuantizer, weight_range
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizer of a prepared network: what it quantizes, at which node, to how many bits."""
+
+    name: str
+    kind: str  # "weight" or "activation"
+    node: str
+    bits: int
+    axis: int | None
+
+
+def plan(module: fx.GraphModule, config: QConfig) -> list[Site]:
+    """All sites of a captured network under a configuration, in execution order, weights first.
+
+    Raises:
+        ValueError: ``config.sites`` names a site that does not exist, or the network has nothing to quantize.
+    """
+    found = weights(module)
+    if not found:
+        raise ValueError("plan: the network has no convolution or linear layer with a parameter to quantize")
+    sites = []
+    for weight in found:
+        edge = weight in (found[0], found[-1])
+        bits = config.edge_bits if edge and config.edge_bits is not None else config.w_bits
+        sites.append(Site(weight.name, "weight", weight.node, config.sites.get(weight.name, bits), weight.axis))
+    if config.a_bits is not None:
+        rule = activations_after_relu if config.placement == "after_relu" else activations_all_layers
+        activations = rule(module)
+        if not activations:
+            raise ValueError(f"plan: the network has no activation to quantize under placement {config.placement!r}")
+        inner = [a for a in activations if a.role == "activation"]
+        for site in activations:
+            edge = site.role != "activation" or site is inner[-1]  # what the last layer reads is its edge too
+            bits = config.edge_bits if edge and config.edge_bits is not None else config.a_bits
+            sites.append(Site(site.name, "activation", site.node, config.sites.get(site.name, bits), None))
+    names = {site.name for site in sites}
+    for name in config.sites:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 3)
+            raise ValueError(f"plan: sites must name sites of the network, got {name!r}; close to it: {near}")
+    return sites
+
+
+def prepare(module: fx.GraphModule, config: QConfig) -> fx.GraphModule:
+    """A fake-quantized copy of a captured network; its parameters are latent float weights that can be trained.
+
+    Activation ranges are empty until the network has run under ``calibrating``. Parameter names stay, quantizers are
+    found under ``quantizers.<node>``.
+
+    Args:
+        module: what ``capture`` returned. It is not changed.
+        config: bits, placement and range rules.
+
+    Returns:
+        A ``torch.fx.GraphModule`` that survives deepcopy, ``state_dict``, ``torch.compile`` and DDP.
+
+    Raises:
+        ValueError: see ``plan``.
+    """
+    sites = plan(module, config)
+    student = copy.deepcopy(module)
+    device = next(student.parameters()).device
+    for site in sites:
+        node = find(student, site.node)
+        quantizer: WeightQuantizer | ActivationQuantizer
+        if site.axis is None:
+            quantizer = ActivationQuantizer(site.name, site.bits, config.a_range, config.beta)
+        else:
+            weight = attribute(student, site.name)
+            frozen = weight_range(weight, site.axis, site.bits, config.w_range)
+            quantizer = WeightQuantizer(site.name, site.bits, site.axis, frozen)
+        _insert_behind(student, node, f"quantizers.{site.node}", quantizer.to(device))
+    student.graph.lint()
+    student.recompile()
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)
+    return student
+
+
+def _insert_behind(
+    student: fx.GraphModule, node: fx.Node, path: str, quantizer: WeightQuantizer | ActivationQuantizer
+) -> None:
+    """Every reader of ``node`` reads ``quantizer(node)`` from now on."""
+    student.add_submodule(path, quantizer)
+    with student.graph.inserting_after(node):
+        new = student.graph.call_module(path, (node,))
+    new.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

@@ -1,0 +1,132 @@
+"""The generator engine, in the one form that range calibration needs: GDFQ's for 32 x 32 images (Xu et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zsq_ext.core.progress import Progress
+from zsq_ext.core.rng import stream
+from zsq_ext.core.run import Run
+from zsq_ext.core.steps import State, Terms, run_steps
+from zsq_ext.synth.objectives import bn_statistics_loss, cross_entropy
+from zsq_ext.synth.teacher import Teacher
+
+ADVICE = "Try a lower generator learning rate (lr_generator), or calibrate on the images themselves (ranges='images')."
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Training the generator. Defaults: GDFQ's, with the batch size that IntraQ, HAST and SynQ use for calibration."""
+
+    steps: int = 800  # 4 epochs of 200
+    batch: int = 16
+    latent: int = 100
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.5, 0.999)
+    bns: float = 0.1
+
+
+class Generator(nn.Module):
+    """Class embedding times noise, then two rounds of upsampling and convolution; a last affine-free batch norm makes
+    the images zero-mean and unit-variance, as normalised inputs are.
+
+    Args:
+        num_classes: labels.
+        shape: (C, H, W) of the images, H and W multiples of 4.
+        latent: size of the noise.
+
+    Input z (N, latent) and labels (N,); output (N, C, H, W). It always normalises by batch statistics.
+    """
+
+    # the published code passes 0.8 where batch norm takes eps (it may have meant momentum); it defines the behaviour
+    EPS = 0.8
+
+    def __init__(self, num_classes: int, shape: tuple[int, int, int], latent: int = 100) -> None:
+        super().__init__()
+        channels, height, width = shape
+        if height % 4 or width % 4:
+            raise ValueError(f"Generator: shape must have height and width divisible by 4, got {shape}")
+        self.small = (128, height // 4, width // 4)
+        self.embedding = nn.Embedding(num_classes, latent)
+        self.project = nn.Linear(latent, self.small[0] * self.small[1] * self.small[2])
+        self.body = nn.Sequential(
+            nn.BatchNorm2d(128),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(128, 128, 3, padding=1),
+            nn.BatchNorm2d(128, eps=self.EPS),
+            nn.LeakyReLU(0.2),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(128, 64, 3, padding=1),
+            nn.BatchNorm2d(64, eps=self.EPS),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(64, channels, 3, padding=1),
+            nn.Tanh(),
+            nn.BatchNorm2d(channels, affine=False),
+        )
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        hidden = self.project(self.embedding(labels) * z)
+        return self.body(hidden.view(-1, *self.small))
+
+
+def train_generator(
+    run: Run,
+    name: str,
+    teacher: Teacher,
+    num_classes: int,
+    shape: tuple[int, int, int],
+    config: GeneratorConfig,
+    *,
+    on_images: Callable[[Tensor], None],
+    extra_state: dict[str, Tensor],
+    seed: int,
+    progress: Progress,
+) -> list[dict]:
+    """Trains a GDFQ generator and hands every batch of images to ``on_images`` (to calibrate ranges, for instance).
+
+        loss = CE(teacher(G(z, y)), y) + 0.1 BNS
+
+    Args:
+        run, name, seed, progress: as for the other engines.
+        teacher: the frozen network.
+        num_classes, shape: what the generator makes.
+        config: steps, batch and learning rate.
+        on_images: called with each detached batch (N, C, H, W), from before the generator's step.
+        extra_state: tensors that ``on_images`` changes, so that checkpoints hold them too.
+
+    Returns:
+        The loss history.
+
+    Source: GDFQ (Xu et al. 2020), equations 5-8; released code of SynQ, HAST and IntraQ for the use as calibration.
+    """
+    device = teacher.target_means[0].device
+    torch_state = torch.random.get_rng_state()  # torch initialises layers from the global stream only
+    try:
+        torch.manual_seed(stream(seed, f"{name}/generator").initial_seed() % 2**63)
+        generator = Generator(num_classes, shape, config.latent).to(device).train()
+    finally:
+        torch.random.set_rng_state(torch_state)
+    parameters = list(generator.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=config.betas)
+
+    def step(n: int) -> Terms:
+        draw = stream(seed, f"{name}/latent", n, device)
+        z = torch.randn(config.batch, config.latent, generator=draw, device=device)
+        labels = torch.randint(num_classes, (config.batch,), generator=draw, device=device)
+        images = generator(z, labels)
+        context = teacher.observe(images, labels)
+        bns = bn_statistics_loss(context.means, context.variances, teacher.target_means, teacher.target_variances)
+        terms = {"ce": cross_entropy(context.logits, labels), "bns": config.bns * bns}
+        gradients = torch.autograd.grad(terms["ce"] + terms["bns"], parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        on_images(images.detach())
+        return terms
+
+    state = State({**generator.state_dict(keep_vars=True), **extra_state}, {"adam": optimizer})
+    return run_steps(run, name, config.steps, step, state, progress=progress, advice=ADVICE)

@@ -1,0 +1,151 @@
+"""The pixel engine: images are the parameters, Adam moves them until the teacher recognises them as its own data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zsq_ext.core.progress import Progress
+from zsq_ext.core.rng import stream
+from zsq_ext.core.run import Run
+from zsq_ext.core.steps import State, Terms, end_stage, run_steps
+from zsq_ext.synth.augment import random_resized_crop_flip
+from zsq_ext.synth.teacher import Context, Teacher
+
+Objective = Callable[[Context], Terms]
+"""Weighted loss terms by name; their sum is what the images descend."""
+
+ADVICE = "Try a lower pixel learning rate (lr_pixels), or check the teacher's batch-norm statistics."
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """How images are optimised. Defaults: SynQ's released generation, after IntraQ and HAST.
+
+    Images live in the network's normalised space and are never clamped to valid pixels.
+    """
+
+    batch: int = 256
+    iterations: int = 1000
+    lr: float = 0.5
+    factor: float = 0.1  # ReduceLROnPlateau's default
+    patience: int = 50
+    min_lr: float = 1e-4
+    crop_probability: float = 0.0  # of augmenting the whole batch in an iteration; 0.5 on ImageNet
+    crop_scale: tuple[float, float] = (0.4, 1.0)
+
+
+def make_images(
+    run: Run,
+    name: str,
+    teacher: Teacher,
+    labels: Tensor,
+    shape: tuple[int, int, int],
+    objective: Objective,
+    config: PixelConfig,
+    *,
+    seed: int,
+    progress: Progress,
+) -> tuple[Tensor, list[dict]]:
+    """Optimises one image per label, batch by batch.
+
+    Args:
+        run: keeps every finished batch and a checkpoint of the one under way.
+        name: names the stage's files, random streams and progress bar.
+        teacher: whose statistics and logits the objective reads.
+        labels: (N,) int64 on the teacher's device.
+        shape: (C, H, W) of an image.
+        objective: from one forward of the teacher to weighted loss terms.
+        config: batch size, iterations and learning rate.
+        seed: of the named random streams.
+        progress: where to report.
+
+    Returns:
+        Images (N, C, H, W) float32 in normalised space, and the loss history of all batches.
+
+    Raises:
+        Diverged: a loss term was not finite.
+    """
+    done, history = [], []
+    chunks = labels.split(config.batch)
+    for index, chunk in enumerate(chunks):
+        stage = f"{name}-{index}"
+        held = run.load(stage)
+        if held is None:
+            title = name if len(chunks) == 1 else f"{name} {index + 1}/{len(chunks)}"
+            images, losses = _one_batch(run, stage, title, teacher, chunk, shape, objective, config, seed, progress)
+            run.save(stage, {"images": images}, {"history": losses})
+            end_stage(run, stage)
+        else:
+            images, losses = held[0]["images"].to(labels.device), held[1]["history"]
+        done.append(images)
+        history += [{"batch": index, **row} for row in losses]
+    return torch.cat(done), history
+
+
+def _one_batch(
+    run: Run,
+    stage: str,
+    title: str,
+    teacher: Teacher,
+    labels: Tensor,
+    shape: tuple[int, int, int],
+    objective: Objective,
+    config: PixelConfig,
+    seed: int,
+    progress: Progress,
+) -> tuple[Tensor, list[dict]]:
+    device = labels.device
+    start = torch.randn(len(labels), *shape, generator=stream(seed, f"{stage}/init"))
+    images = start.to(device).contiguous(memory_format=torch.channels_last).requires_grad_(True)
+    schedule = Plateau(config.lr, config.factor, config.patience, config.min_lr, device)
+    optimizer = torch.optim.Adam([images], lr=schedule.lr, capturable=device.type == "cuda")
+
+    def step(n: int) -> Terms:
+        seen: Tensor = images
+        if config.crop_probability > 0:
+            coin = stream(seed, f"{stage}/crop?", n)  # on the host: no synchronisation to decide
+            if torch.rand((), generator=coin) < config.crop_probability:
+                seen = random_resized_crop_flip(seen, stream(seed, f"{stage}/crop", n, device), config.crop_scale)
+        terms = objective(teacher.observe(seen, labels))
+        loss = torch.stack(list(terms.values())).sum()
+        (images.grad,) = torch.autograd.grad(loss, [images])
+        optimizer.step()
+        schedule.step(loss.detach())
+        return terms
+
+    state = State({"images": images, **schedule.tensors()}, {"adam": optimizer})
+    history = run_steps(run, stage, config.iterations, step, state, progress=progress, advice=ADVICE, title=title)
+    return images.detach(), history
+
+
+class Plateau:
+    """ReduceLROnPlateau with its whole state on the device, so that no step waits for the host.
+
+    Lowers ``lr`` by ``factor``, not below ``min_lr``, when the loss has not fallen by a relative 1e-4 for more than
+    ``patience`` steps: torch's scheduler with its defaults.
+    """
+
+    THRESHOLD = 1e-4
+
+    def __init__(self, lr: float, factor: float, patience: int, min_lr: float, device: torch.device) -> None:
+        self.lr = torch.tensor(lr, device=device)
+        self.best = torch.tensor(float("inf"), device=device)
+        self.waited = torch.zeros((), device=device)
+        self.factor, self.patience, self.min_lr = factor, patience, min_lr
+
+    def step(self, loss: Tensor) -> None:
+        """Sees one loss, 0-d on the device, and moves ``lr`` in place."""
+        better = loss < self.best * (1 - self.THRESHOLD)
+        self.best.copy_(torch.where(better, loss, self.best))
+        self.waited.copy_(torch.where(better, 0.0, self.waited + 1))
+        over = self.waited > self.patience
+        lower = torch.clamp_min(self.lr * self.factor, self.min_lr)
+        self.lr.copy_(torch.where(over, torch.minimum(self.lr, lower), self.lr))
+        self.waited.copy_(torch.where(over, 0.0, self.waited))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"lr": self.lr, "best": self.best, "waited": self.waited}

@@ -1,0 +1,173 @@
+"""The loss of fine-tuning: distillation from the float network, and the published ideas around it.
+
+    L = [KD + ce * CE_easy + FA](x) + pert * [KD + ce * CE_easy + FA](x + eps sign g) + cam * CAM(x)
+
+SynQ's equation 6 and its released code are two settings of it; HAST, IntraQ and the plain fine-tuning of noise are
+others. One step costs two forwards of each network at most: the maps come out of the clean forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from zsq_ext.core.steps import Terms
+from zsq_ext.quant.graph import ClassifierTail, attribute, cam_layer, classifier_tail, feature_maps, with_taps
+from zsq_ext.tune.cam import ALPHA_FLOOR, autograd_alpha, bn_slope, cam_classes, cam_loss, closed_form_alpha
+from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, Perturb, SoftLabels
+from zsq_ext.tune.losses import difficulty, easy_mask, feature_alignment, kd, masked_ce, signed_perturbation
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The distillation terms. Defaults: SynQ, HAST and IntraQ (alpha 20, T 20: a factor of 8000)."""
+
+    kd: str = "kl_batchmean"  # or kl_mean, mse, entropy: see tune.losses.kd
+    alpha: float = 20.0
+    temperature: float = 20.0
+    ce: float = 0.5  # lambda_CE
+    ideas: tuple[Idea, ...] = ()
+
+    def find(self, kind: type[Kind]) -> Kind | None:
+        """The idea of that kind, if it is switched on and has any weight."""
+        for idea in self.ideas:
+            if isinstance(idea, kind) and getattr(idea, "weight", 1.0) > 0:
+                return idea
+        return None
+
+
+class Distiller:
+    """From a batch of images and labels to weighted loss terms.
+
+    Args:
+        teacher: the captured float network.
+        student: the prepared network; its graph is the teacher's with quantizers, so node names are shared.
+        config: terms and ideas.
+
+    Raises:
+        ValueError: CAM alignment is on and the network has no convolution with a map larger than 1 x 1.
+    """
+
+    def __init__(self, teacher: fx.GraphModule, student: fx.GraphModule, config: DistillConfig) -> None:
+        self.config = config
+        self._align = config.find(FeatureAlign)
+        self._cam = config.find(CamAlign)
+        self._perturb = config.find(Perturb)
+        self._soft = config.find(SoftLabels)
+        self._teacher = _Network(teacher, self._align is not None, self._cam is not None)
+        self._student = _Network(student, self._align is not None, self._cam is not None)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Terms:
+        """Loss terms of one batch, each already times its weight; their sum is the loss.
+
+        Args:
+            images: (B, C, H, W), in the networks' input space.
+            labels: (B,) int64.
+        """
+        perturb = self._perturb
+        x = images.detach().requires_grad_(perturb is not None)
+        teacher = self._teacher.run(x, with_grad=perturb is not None and perturb.through_teacher)
+        student = self._student.run(x, with_grad=True)
+        easy = self._easy(teacher.logits, labels)
+        clean = self._bracket(student, teacher, labels, easy, self._align)
+        terms = dict(clean)
+        if perturb is not None:
+            (direction,) = torch.autograd.grad(sum_terms(clean), [x], retain_graph=True)
+            moved = signed_perturbation(x.detach(), direction, perturb.eps)
+            align = self._align if perturb.feature_alignment else None
+            hard = self._bracket(
+                self._student.run(moved, with_grad=True), self._teacher.run(moved), labels, easy, align
+            )
+            terms |= {f"{name}_perturbed": perturb.weight * value for name, value in hard.items()}
+        if self._cam is not None:
+            terms["cam"] = self._cam.weight * self._map_distance(self._cam, student, teacher, labels, images.shape[2:])
+        return terms
+
+    def _easy(self, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        delta = difficulty(teacher_logits.detach(), labels)
+        if self._soft is None:
+            return torch.ones_like(delta, dtype=torch.bool)
+        return easy_mask(delta, self._soft.tau, strict=self._soft.strict)
+
+    def _bracket(
+        self, student: _Seen, teacher: _Seen, labels: Tensor, easy: Tensor, align: FeatureAlign | None
+    ) -> Terms:
+        config = self.config
+        terms = {"kd": kd(student.logits, teacher.logits, config.kd, config.alpha, config.temperature)}
+        if config.ce > 0:
+            terms["ce"] = config.ce * masked_ce(student.logits, labels, easy)
+        if align is not None:
+            terms["fa"] = align.weight * feature_alignment(teacher.features, student.features)
+        return terms
+
+    def _map_distance(self, cam: CamAlign, student: _Seen, teacher: _Seen, labels: Tensor, size: torch.Size) -> Tensor:
+        return cam_loss(
+            self._student.alpha(student, cam_classes(student.logits, labels, cam.rule)),
+            student.cam["map"],
+            self._teacher.alpha(teacher, cam_classes(teacher.logits, labels, cam.rule)),
+            teacher.cam["map"],
+            normalise=cam.normalise,
+            size=(int(size[0]), int(size[1])),
+            floor=ALPHA_FLOOR if cam.clamp else None,
+        )
+
+
+def sum_terms(terms: Terms) -> Tensor:
+    """The loss: the sum of the weighted terms."""
+    return torch.stack(list(terms.values())).sum()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one forward of a network showed."""
+
+    logits: Tensor
+    features: tuple[Tensor, ...]
+    cam: dict[str, Tensor]
+
+
+class _Network:
+    """A network with taps on the maps that the losses compare."""
+
+    def __init__(self, module: fx.GraphModule, align: bool, cam: bool) -> None:
+        self.module = module
+        self.calls = 0
+        self._features = feature_maps(module) if align else []
+        self._tail: ClassifierTail | None = None
+        self._cam: dict[str, str] = {}
+        if cam:
+            self._tail = classifier_tail(module)
+            self._cam = _cam_nodes(module, self._tail)
+        self._tapped = with_taps(module, [*self._features, *self._cam.values()])
+
+    def run(self, images: Tensor, with_grad: bool = False) -> _Seen:
+        self.calls += 1
+        # the open tail's channel weights are a gradient, which needs a graph from the map on
+        with torch.set_grad_enabled(with_grad or (bool(self._cam) and self._tail is None)):
+            logits, maps = self._tapped(images)
+        count = len(self._features)
+        return _Seen(logits, maps[:count], dict(zip(self._cam, maps[count:], strict=True)))
+
+    def alpha(self, seen: _Seen, classes: Tensor) -> Tensor:
+        """Grad-CAM's channel weights: in closed form where the tail allows it, by autograd elsewhere."""
+        tail = self._tail
+        if tail is None:
+            return autograd_alpha(seen.logits, seen.cam["map"], classes)
+        norm = tail.batch_norm
+        slope = bn_slope(attribute(self.module, str(norm.weight)), attribute(self.module, str(norm.var)), norm.eps)
+        upper = 6.0 if tail.activation == "relu6" else None
+        return closed_form_alpha(seen.cam["classifier"], classes, slope, seen.cam["pre_activation"], upper=upper)
+
+
+def _cam_nodes(module: fx.GraphModule, tail: ClassifierTail | None) -> dict[str, str]:
+    if tail is not None:
+        return {"map": tail.features, "pre_activation": tail.pre_activation, "classifier": tail.classifier}
+    layer = cam_layer(module)
+    if layer is None:
+        raise ValueError("CamAlign: the model must have a convolution with a map larger than 1 x 1, got none")
+    return {"map": layer}

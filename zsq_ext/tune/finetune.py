@@ -1,0 +1,126 @@
+"""Fine-tuning (QAT): SGD on the student over a fixed set of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from zsq_ext.core.progress import Progress
+from zsq_ext.core.rng import stream
+from zsq_ext.core.run import Run
+from zsq_ext.core.steps import State, Terms, run_steps
+from zsq_ext.synth.augment import random_resized_crop_flip
+from zsq_ext.tune.distill import sum_terms
+
+Loss = Callable[[Tensor, Tensor], Terms]
+"""From a batch (images, labels) to weighted loss terms."""
+
+ADVICE = "Try a lower learning rate (lr), more bits, or longer range calibration."
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """The fine-tuning loop. Defaults: the lineage's optimiser, SynQ's augmentation."""
+
+    epochs: int = 97
+    steps_per_epoch: int = 200  # an epoch is this long whatever the set's size
+    batch: int = 256
+    lr: float = 1e-5
+    lr_epochs: tuple[int, ...] = (20, 40, 60)  # x 0.1 after each
+    momentum: float = 0.9
+    nesterov: bool = True  # released; the paper does not say
+    weight_decay: float = 1e-4
+    crop_scale: tuple[float, float] | None = (0.5, 1.0)  # None: no augmentation
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What fine-tuning leaves behind besides the student itself."""
+
+    history: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+
+def finetune(
+    run: Run,
+    name: str,
+    student: fx.GraphModule,
+    images: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    config: TuneConfig,
+    *,
+    seed: int,
+    progress: Progress,
+    filter_batch: Callable[[Tensor], Tensor] | None = None,
+    evaluate: Callable[[fx.GraphModule], float] | None = None,
+) -> Tuned:
+    """Trains all parameters of the student in place; batch-norm statistics and activation ranges stand still.
+
+    Args:
+        run, name, seed, progress: checkpoints, file and stream names, random streams, reporting.
+        student: a prepared, calibrated network.
+        images: (N, C, H, W) in normalised space, on the student's device.
+        labels: (N,) int64.
+        loss: terms of one batch.
+        config: length, batch size, learning rate.
+        filter_batch: applied to every batch after augmentation (SynQ's released low-pass).
+        evaluate: called after every epoch; only its record is kept, it decides nothing.
+
+    Returns:
+        The loss history and the evaluations [{"epoch": n, "top1": percent}].
+
+    Raises:
+        Diverged: a loss term was not finite.
+    """
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    # a tensor rate would also do, but SGD reads a float without leaving the host
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+    batch = min(config.batch, len(images))
+    per_pass = len(images) // batch
+    device = images.device
+
+    def step(n: int) -> Terms:
+        epoch = n // config.steps_per_epoch
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * 0.1 ** sum(epoch >= e for e in config.lr_epochs)
+        order = torch.randperm(len(images), generator=stream(seed, f"{name}/order", n // per_pass)).to(device)
+        chosen = order[(n % per_pass) * batch :][:batch]
+        x, y = images[chosen], labels[chosen]
+        if config.crop_scale is not None:
+            x = random_resized_crop_flip(x, stream(seed, f"{name}/crop", n, device), config.crop_scale)
+        if filter_batch is not None:
+            x = filter_batch(x)
+        terms = loss(x.contiguous(memory_format=torch.channels_last), y)
+        gradients = torch.autograd.grad(sum_terms(terms), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        return terms
+
+    def after_epoch(n: int) -> dict[str, float] | None:
+        if evaluate is None or (n + 1) % config.steps_per_epoch:
+            return None
+        return {"epoch": (n + 1) // config.steps_per_epoch, "top1": evaluate(student)}
+
+    history = run_steps(
+        run,
+        name,
+        config.epochs * config.steps_per_epoch,
+        step,
+        State(dict(student.named_parameters()), {"sgd": optimizer}),
+        progress=progress,
+        advice=ADVICE,
+        after=after_epoch,
+    )
+    return Tuned([row for row in history if "top1" not in row], [row for row in history if "top1" in row])

@@ -1,0 +1,132 @@
+"""The pieces of a training step never wait for the device: no value is read back and no shape depends on data."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zsq_ext.quant import ranges
+from zsq_ext.synth import augment, filters, objectives
+from zsq_ext.tune import cam, losses
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# what a CUDA tensor could only answer after the device has caught up
+WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"}
+
+
+class NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in WAITS, f"{name} waits for the device"
+        if name in ("index", "index_put", "index_put_"):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), f"{name} by a mask waits"
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_waiting():
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with NoWaiting():
+            yield
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def range_updates():
+    x = normal(8, 16, 4)
+    one = torch.ones(1, device=DEVICE)
+    step = torch.zeros((), dtype=torch.int64, device=DEVICE)
+
+    def run():
+        state = ranges.ema_update(one, one, step, *ranges.min_max(x))
+        ranges.ema_update_legacy(one, one, step, *ranges.percentile(x, 99))
+        ranges.affine_params(*ranges.ema_value(*state), 4, signed=False, include_zero=True)
+        ranges.lp_search(x, 4, axis=0, signed=True, include_zero=False, ratios=(1.0, 0.9))
+
+    return run
+
+
+def image_objectives():
+    inputs = [normal(4, 6, 5, 5).requires_grad_() for _ in range(4)]
+    mu, var = [torch.zeros(6, device=DEVICE)] * 4, [torch.ones(6, device=DEVICE)] * 4
+    logits, labels = normal(4, 10).requires_grad_(), torch.arange(4, device=DEVICE)
+
+    def run():
+        means, variances = zip(
+            *(objectives.channel_statistics(u, m) for u, m in zip(inputs, mu, strict=True)), strict=True
+        )
+        total = objectives.focal_ce(logits, labels) + objectives.cross_entropy(logits, labels)
+        for form in ("mean_var", "mean_std"):
+            total = total + objectives.bn_statistics_loss(means, variances, mu, var, form=form)
+        total = total + objectives.layered_bn_statistics_loss(means, variances, mu, var)
+        (total + objectives.calibration_centre_loss(means, variances, mu, var)).backward()
+        objectives.merge_statistics(means, variances, [4, 4, 4, 4])
+
+    return run
+
+
+def image_pipeline():
+    x = normal(4, 3, 16, 16).requires_grad_()
+    low = filters.LowPass((16, 16), 4).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    return lambda: low(augment.random_resized_crop_flip(x, generator)).sum().backward()
+
+
+def tuning_losses():
+    student, teacher, labels = normal(4, 10).requires_grad_(), normal(4, 10), torch.arange(4, device=DEVICE)
+    feature, maps = normal(4, 6, 5, 5).requires_grad_(), normal(4, 6, 5, 5)
+
+    def run():
+        total = sum(losses.kd(student, teacher, scaling) for scaling in losses.KD_SCALINGS)
+        easy = losses.easy_mask(losses.difficulty(teacher, labels), 0.5, strict=True)
+        total = total + losses.masked_ce(student, labels, easy) + losses.feature_alignment([maps], [feature])
+        total.backward()
+        losses.signed_perturbation(maps, feature.grad)
+
+    return run
+
+
+def class_activation_maps():
+    feature, maps = normal(4, 6, 5, 5).requires_grad_(), normal(4, 6, 5, 5)
+    weight, slope = normal(10, 6), normal(6)
+    logits = normal(4, 10)
+    labels = torch.arange(4, device=DEVICE)
+
+    def run():
+        alphas = [
+            cam.closed_form_alpha(weight, cam.cam_classes(logits, labels, rule), slope, before, upper=upper)
+            for rule, before, upper in (("argmax", feature, None), ("label", maps, 6.0))
+        ]
+        total = sum(
+            cam.cam_loss(alphas[0], feature, alphas[1], maps, normalise=normalise, size=(20, 20))
+            for normalise in cam.NORMALISATIONS
+        )
+        total.backward()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "piece", [range_updates, image_objectives, image_pipeline, tuning_losses, class_activation_maps]
+)
+def test_a_step_never_waits(piece):
+    run = piece()
+    run()  # constants are made and kept on the first call
+    with no_waiting():
+        run()
+
+
+def test_the_watch_sees_waiting():
+    x = normal(3)
+    for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x.any()), lambda: x.nonzero()):
+        with pytest.raises((AssertionError, RuntimeError)), no_waiting():
+            wait()

@@ -23,10 +23,10 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void cpu_fake_quant(Address grad, Address x, Address out, Address scale, Address zero_point, int dtype,
-                    int64_t n, int64_t channels, int64_t inner, int64_t qmin, int64_t qmax, int threads) {
-  zsq::fake_quant({at<void>(grad), at<void>(x), at<void>(out), at<void>(scale), at<int32_t>(zero_point), n,
-                   channels, inner, qmin, qmax, static_cast<zsq::DType>(dtype), threads});
+void cpu_fake_quant(Address grad, Address x, Address out, Address scale, Address zero_point, int dtype, int64_t n,
+                    int64_t channels, int64_t inner, int64_t qmin, int64_t qmax, int threads) {
+  zsq::fake_quant({at<void>(grad), at<void>(x), at<void>(out), at<void>(scale), at<int32_t>(zero_point), n, channels,
+                   inner, qmin, qmax, static_cast<zsq::DType>(dtype), threads});
 }
 
 #ifdef ZSQ_WITH_CUDA
@@ -35,12 +35,11 @@ void cpu_fake_quant(Address grad, Address x, Address out, Address scale, Address
 const char* words(cudaError_t error) { return error == cudaSuccess ? "" : cudaGetErrorString(error); }
 
 const char* cuda_fake_quant(Address grad, Address x, Address out, Address scale, Address zero_point, int dtype,
-                            int64_t n, int64_t channels, int64_t inner, int64_t qmin, int64_t qmax,
-                            Address stream) {
-  return words(zsq::cuda_fake_quant({at<void>(grad), at<void>(x), at<void>(out), at<float>(scale),
-                                     at<int32_t>(zero_point), n, channels, inner, static_cast<float>(qmin),
-                                     static_cast<float>(qmax), static_cast<zsq::DType>(dtype)},
-                                    at<CUstream_st>(stream)));
+                            int64_t n, int64_t channels, int64_t inner, int64_t qmin, int64_t qmax, Address stream) {
+  return words(zsq::cuda_fake_quant(
+      {at<void>(grad), at<void>(x), at<void>(out), at<float>(scale), at<int32_t>(zero_point), n, channels, inner,
+       static_cast<float>(qmin), static_cast<float>(qmax), static_cast<zsq::DType>(dtype)},
+      at<CUstream_st>(stream)));
 }
 
 #endif

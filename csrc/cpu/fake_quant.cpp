@@ -51,8 +51,7 @@ ZSQ_AVX2 inline void eight(const Span<T>& s, int64_t i, const Grid8& q) {
   const __m256 ratio = _mm256_div_ps(load8(s.x + i), q.scale);
   if (s.grad) {
     const __m256 v = _mm256_add_ps(ratio, q.zero_point);
-    const __m256 mask =
-        _mm256_and_ps(_mm256_cmp_ps(v, q.qmin, _CMP_GE_OQ), _mm256_cmp_ps(v, q.qmax, _CMP_LE_OQ));
+    const __m256 mask = _mm256_and_ps(_mm256_cmp_ps(v, q.qmin, _CMP_GE_OQ), _mm256_cmp_ps(v, q.qmax, _CMP_LE_OQ));
     store8(s.out + i, _mm256_and_ps(load8(s.grad + i), mask));
   } else {
     const __m256 rounded = _mm256_round_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -65,8 +64,7 @@ ZSQ_AVX2 inline void eight(const Span<T>& s, int64_t i, const Grid8& q) {
 
 template <class T>
 ZSQ_AVX2 void row_avx2(const Span<T>& s, int64_t n, const Grid<float>& q) {
-  const Grid8 q8{_mm256_set1_ps(q.scale), _mm256_set1_ps(q.zero_point), _mm256_set1_ps(q.qmin),
-                 _mm256_set1_ps(q.qmax)};
+  const Grid8 q8{_mm256_set1_ps(q.scale), _mm256_set1_ps(q.zero_point), _mm256_set1_ps(q.qmin), _mm256_set1_ps(q.qmax)};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) eight(s, i, q8);
   for (; i < n; ++i) one(s, i, q);
@@ -74,14 +72,13 @@ ZSQ_AVX2 void row_avx2(const Span<T>& s, int64_t n, const Grid<float>& q) {
 
 // Channels last: n neighbours belong to channels c, c + 1, ... of the arrays given.
 template <class T>
-ZSQ_AVX2 void columns_avx2(const Span<T>& s, int64_t n, const float* scale, const int32_t* zero_point,
-                           float qmin, float qmax) {
+ZSQ_AVX2 void columns_avx2(const Span<T>& s, int64_t n, const float* scale, const int32_t* zero_point, float qmin,
+                           float qmax) {
   Grid8 q8{_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_set1_ps(qmin), _mm256_set1_ps(qmax)};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     q8.scale = _mm256_loadu_ps(scale + i);
-    q8.zero_point =
-        _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(zero_point + i)));
+    q8.zero_point = _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(zero_point + i)));
     eight(s, i, q8);
   }
   for (; i < n; ++i) {
@@ -104,8 +101,7 @@ void row(const Span<T>& s, int64_t n, const Grid<C>& q, bool simd) {
 
 // One stretch of channels-last memory, from channel c on, that ends with the last channel or before it.
 template <class T, class C>
-void columns(const Span<T>& s, int64_t n, const C* scale, const int32_t* zero_point, C qmin, C qmax,
-             bool simd) {
+void columns(const Span<T>& s, int64_t n, const C* scale, const int32_t* zero_point, C qmin, C qmax, bool simd) {
 #ifdef ZSQ_HAS_AVX2
   if constexpr (std::is_same_v<C, float>) {
     if (simd) return columns_avx2(s, n, scale, zero_point, qmin, qmax);

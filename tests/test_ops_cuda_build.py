@@ -1,0 +1,96 @@
+"""What nvcc made of kernels/*.cu, read off the machine code: no GPU needed."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+_C = pytest.importorskip("zsq_ext._C")
+
+pytestmark = pytest.mark.skipif(not _C.cuda_archs, reason="the native module was built without CUDA")
+
+
+@pytest.fixture(scope="module")
+def cuobjdump():
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.submodule_search_locations:
+        shipped = Path(spec.submodule_search_locations[0], "backends/nvidia/bin/cuobjdump")
+        found = str(shipped) if shipped.exists() else None
+    if found is None:
+        pytest.skip("cuobjdump is neither on PATH nor in a triton wheel")
+
+    def run(*args):
+        return subprocess.run([found, *args, _C.__file__], check=True, capture_output=True, text=True).stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def kernels(cuobjdump):
+    """(architecture, kernel) -> its instructions' names."""
+    found = {}
+    arch = ""
+    for line in cuobjdump("-sass").splitlines():
+        if match := re.search(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\w+)", line):
+            found[arch, match[1]] = names = []
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            names.append(match[1])
+    assert found
+    return found
+
+
+def family(kernels, name):
+    chosen = {key: names for key, names in kernels.items() if name in key[1]}
+    assert chosen, f"no {name} in {[key[1] for key in kernels]}"
+    return chosen
+
+
+def test_the_module_holds_what_it_says(cuobjdump):
+    binaries = set(re.findall(r"\.(sm_\w+)\.cubin", cuobjdump("--list-elf")))
+    wanted = {f"sm_{arch.removesuffix('-real')}" for arch in _C.cuda_archs.split(",") if "virtual" not in arch}
+    assert binaries == wanted
+    if any("virtual" in arch for arch in _C.cuda_archs.split(",")):
+        assert "sm_80.ptx" in cuobjdump("--list-ptx")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled for the visible GPU only")
+def test_without_a_gpu_each_generation_is_there():
+    assert _C.cuda_archs == "80-real,90a-real,80-virtual"
+
+
+def test_nothing_spills(kernels):
+    for key, names in kernels.items():
+        assert not [name for name in names if name.startswith(("LDL", "STL"))], key
+
+
+def elements_per_thread(kernel):
+    return 4 if "kernelIf" in kernel else 8  # 16 bytes of float, or of a 16-bit type
+
+
+def test_fake_quant_divides_exactly(kernels):
+    # An IEEE division checks its operands by FCHK before it trusts the refined reciprocal; an approximate one, and
+    # a product with the reciprocal, do not.
+    for key, names in family(kernels, "fake_quant_kernel").items():
+        assert names.count("FCHK") == elements_per_thread(key[1]), key
+
+
+def test_fake_quant_rounds_once_per_operation(kernels):
+    # The forward's last product stands alone, where a contraction would have made an FFMA of it.
+    for key, names in family(kernels, "fake_quant_kernel").items():
+        forward = "ELb0EE" in key[1]
+        count = elements_per_thread(key[1]) if forward else 0
+        assert names.count("FMUL") == count, key
+        assert names.count("FRND") == count, key
+
+
+def test_fake_quant_moves_16_bytes_at_a_time(kernels):
+    for key, names in family(kernels, "fake_quant_kernel").items():
+        assert any(name.startswith("LDG.E.128") for name in names), key
+        assert any(name.startswith("STG.E.128") for name in names), key

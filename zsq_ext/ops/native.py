@@ -8,12 +8,11 @@ from torch import Tensor
 
 from zsq_ext.ops.layout import DTYPE_CODE, channels_of, in_layout_of
 
+problem: str | None = None
 try:
     from zsq_ext import _C as module
 except ImportError as error:  # a source tree that was never built: the reference still works
     module, problem = None, f"the native module does not load ({error})"
-else:
-    problem = None
 
 
 def fake_quant(

@@ -17,7 +17,7 @@ from zsq_ext import methods
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.run import Run, fingerprint, load_tensors, save_tensors
 from zsq_ext.core.spec import InputSpec
-from zsq_ext.methods.qat import Images, Job, QatConfig, synthesise
+from zsq_ext.methods.qat import Images, Job, QatConfig, hold_out, synthesise
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import prepare
@@ -103,7 +103,7 @@ def quantize(
     edge_bits: int | None = None,
     sites: Mapping[str, int] | None = None,
     config: QatConfig | None = None,
-    images: Tensor | None = None,
+    images: Tensor | Images | None = None,
     labels: Tensor | None = None,
     test: Batches | None = None,
     seed: int = 0,
@@ -128,8 +128,9 @@ def quantize(
         ideas: published ideas to add to the method, such as ``LowPass(d0=8)``; one of a kind replaces the method's own.
         placement, edge_bits, sites: see ``QConfig``; None leaves them to the method.
         config: all hyperparameters at once, instead of ``preset`` and ``profile``.
-        images, labels: (N, C, H, W) in normalised space and (N,): use these instead of synthetic images. Without
-            labels the teacher's predictions are taken.
+        images, labels: use these instead of making images: what ``synthesize`` returned, or a tensor (N, C, H, W) in
+            normalised space, of which an eighth (up to 256) is held out from tuning. Without labels, (N,) int64, the
+            teacher's predictions are taken.
         test: test data for the per-epoch accuracy in ``evaluations``; it decides nothing.
         seed: of every random stream of the run.
         device: where to work; the model's device if left out.
@@ -338,17 +339,19 @@ def _example(model: nn.Module, shape: tuple[int, int, int], device: torch.device
 
 
 def _given(
-    images: Tensor | None, labels: Tensor | None, teacher: fx.GraphModule, spec: InputSpec
-) -> tuple[Tensor, Tensor] | None:
+    images: Tensor | Images | None, labels: Tensor | None, teacher: fx.GraphModule, spec: InputSpec
+) -> Images | None:
     if images is None:
         if labels is not None:
             raise ValueError("quantize: labels need images, got labels alone")
         return None
+    device = next(teacher.parameters()).device
+    if isinstance(images, Images):
+        return images.to(device)
     if images.ndim != 4 or tuple(images.shape[1:]) != spec.shape or len(images) == 0:
         raise ValueError(
             f"quantize: images must have shape (N, {', '.join(map(str, spec.shape))}), got {tuple(images.shape)}"
         )
-    device = next(teacher.parameters()).device
     images = images.detach().float().to(device)
     if labels is None:
         with torch.no_grad():
@@ -361,7 +364,7 @@ def _given(
         raise ValueError(
             f"quantize: labels must be in [0, {spec.num_classes}), got {int(labels.min())}..{int(labels.max())}"
         )
-    return images, labels.to(device)
+    return hold_out(images, labels.to(device), min(256, len(images) // 8))
 
 
 def _job(
@@ -374,7 +377,7 @@ def _job(
     out: str | os.PathLike[str] | None,
     resume: bool,
     progress: Progress,
-    given: tuple[Tensor, Tensor] | None = None,
+    given: Images | None = None,
     evaluate: Callable[[fx.GraphModule], float] | None = None,
 ) -> Job:
     """The job, with a run folder that belongs to exactly this configuration."""
@@ -387,7 +390,7 @@ def _job(
         "spec": spec.to_dict(),
         "seed": seed,
         "model": fingerprint(teacher.state_dict()),
-        "images": None if given is None else fingerprint({"images": given[0], "labels": given[1]}),
+        "images": None if given is None else fingerprint({"images": given.images, "labels": given.labels}),
     }
     run = Run(out, decided_by, resume=resume)
     return Job(run, teacher, spec, qconfig, seed, progress, evaluate, given)

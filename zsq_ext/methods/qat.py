@@ -45,7 +45,7 @@ class Job:
     seed: int
     progress: Progress
     evaluate: Callable[[fx.GraphModule], float] | None = None
-    given: tuple[Tensor, Tensor] | None = None  # the user's images and labels, instead of synthetic ones
+    given: Images | None = None  # used instead of making images
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +65,11 @@ class Images:
     held_out: Tensor
     held_out_labels: Tensor
     history: list[dict] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> Images:
+        """The same set on another device."""
+        tensors = (self.images, self.labels, self.held_out, self.held_out_labels)
+        return Images(*(tensor.to(device) for tensor in tensors), history=self.history)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def low_pass(config: QatConfig, spec: InputSpec, device: torch.device, when: str
 def synthesise(job: Job, config: QatConfig) -> Images:
     """Stage A: labelled images from the teacher alone (or noise, or what the user gave)."""
     if job.given is not None:
-        return hold_out(*job.given, min(config.held_out, len(job.given[0]) // 8))
+        return job.given
     total = config.images + config.held_out
     labels = torch.randint(job.num_classes, (total,), generator=stream(job.seed, "labels")).to(job.device)
     if config.source == "noise":

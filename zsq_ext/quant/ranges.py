@@ -15,9 +15,9 @@ from zsq_ext.ops import fake_quant
 SMALLEST_RANGE = 1e-8
 """A narrower range counts as this wide, in units of x, so that a constant tensor has a scale."""
 
-FINEST_SCALE = 2.0**-24
-"""Scale relative to the largest bound: beyond it fp32 has no values in between, and zero_point stays exact in
-fp32."""
+FINEST_SCALE = 2.0**-23
+"""Smallest scale relative to the largest bound, fp32's own resolution: below it the zero-point would no longer be
+exact in fp32."""
 
 CLIP_RATIOS = tuple(i / 100 for i in range(100, 0, -1))
 """Shrink factors tried by `lp_search`: 1.00, 0.99, ..., 0.01, as Genie-M does. BRECQ stops after the first

@@ -68,8 +68,8 @@ class Images:
 
     def to(self, device: torch.device) -> Images:
         """The same set on another device."""
-        tensors = (self.images, self.labels, self.held_out, self.held_out_labels)
-        return Images(*(tensor.to(device) for tensor in tensors), history=self.history)
+        images, labels, held_out = self.images.to(device), self.labels.to(device), self.held_out.to(device)
+        return Images(images, labels, held_out, self.held_out_labels.to(device), self.history)
 
 
 @dataclass(frozen=True)

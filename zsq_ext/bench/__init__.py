@@ -11,6 +11,7 @@ from zsq_ext.core.progress import QUIET, Progress
 # suite -> "module:function". The function takes a Progress and returns rows as `timing.row` makes them.
 SUITES = {
     "families": "zsq_ext.bench.families:rows",
+    "steps": "zsq_ext.bench.steps:rows",
 }
 
 

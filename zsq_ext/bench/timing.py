@@ -105,6 +105,15 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / (timing.ms / 1e3)
 
 
+@functools.cache
+def matmul_rate(device: str) -> float:
+    """Floating-point operations per second of an fp32 matrix product of side 2048. Measured once per run."""
+    n = 2048
+    a, b = torch.rand(n, n, device=device), torch.rand(n, n, device=device)
+    timing = compare({"matmul": torch.matmul}, [(a, b)], device, seconds=0.5)["matmul"]
+    return 2 * n**3 / (timing.ms / 1e3)
+
+
 def peak_mb(function: Callable[[], Any], device: str) -> float | None:
     """What a call allocates beyond what was there, at its peak; None where the device does not count."""
     if device != "cuda":

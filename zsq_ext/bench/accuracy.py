@@ -1,0 +1,283 @@
+"""The accuracy harness: methods and controls on the embedded task, paired by seed, resumable row by row.
+
+    python -m zsq_ext.bench.accuracy --out benchmarks/accuracy/synq_smoke.json
+
+Every row is one quantization, evaluated on the same test images as all others. Images depend on (model, seed) and not
+on the bits, so the variants of a seed share them: what differs between two rows of a seed is what the variant names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zsq_ext import api, methods
+from zsq_ext.bench.intervals import Interval, paired_interval
+from zsq_ext.bench.timing import environment
+from zsq_ext.core.progress import QUIET, Progress
+from zsq_ext.core.run import write_atomically
+from zsq_ext.methods.qat import Images, QatConfig, hold_out
+from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, Perturb, SoftLabels
+from zsq_ext.zoo.teachers import teacher
+from zsq_ext.zoo.textured_shapes import SPEC, TEST_IMAGES, TexturedShapes
+
+TASK = "textured_shapes"
+KEYS = ("task", "model", "method", "variant", "w_bits", "a_bits", "seed")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table per seed: a method, where its images come from, and what is changed about its tuning."""
+
+    name: str
+    method: str
+    images: str  # "synthetic", "noise" or "real"
+    change: Callable[[QatConfig], QatConfig] = lambda config: config
+
+
+def without(*kinds: type) -> Callable[[QatConfig], QatConfig]:
+    """Switches ideas off."""
+
+    def change(config: QatConfig) -> QatConfig:
+        ideas = tuple(idea for idea in config.distill.ideas if not isinstance(idea, kinds))
+        return replace(config, distill=replace(config.distill, ideas=ideas))
+
+    return change
+
+
+def with_cut(d0: float) -> Callable[[QatConfig], QatConfig]:
+    """Moves the low-pass filter's cut."""
+
+    def change(config: QatConfig) -> QatConfig:
+        ideas = tuple(replace(i, d0=d0) if isinstance(i, LowPass) else i for i in config.distill.ideas)
+        return replace(config, distill=replace(config.distill, ideas=ideas))
+
+    return change
+
+
+SYNQ_IDEAS = (LowPass, CamAlign, SoftLabels)
+VARIANTS = (
+    Variant("min-max", "minmax", "synthetic"),
+    Variant("noise", "noise", "noise"),
+    Variant("SynQ", "synq", "synthetic"),
+    Variant("no ideas", "synq", "synthetic", without(*SYNQ_IDEAS)),
+    Variant("HAST", "hast", "synthetic"),
+    Variant("real images", "synq", "real", without(*SYNQ_IDEAS)),
+)
+ABLATIONS = (
+    Variant("SynQ - low-pass", "synq", "synthetic", without(LowPass)),
+    Variant("SynQ - CAM", "synq", "synthetic", without(CamAlign)),
+    Variant("SynQ - soft labels", "synq", "synthetic", without(SoftLabels)),
+    Variant("SynQ, low-pass at 8", "synq", "synthetic", with_cut(8)),
+    Variant("SynQ - FA - perturbation", "synq", "synthetic", without(FeatureAlign, Perturb)),
+)
+
+
+class TestSet:
+    """The first images of a split, drawn once and kept as bytes."""
+
+    def __init__(self, count: int = TEST_IMAGES, split: str = "test", batch: int = 500) -> None:
+        self.batch = batch
+        self.pixels, self.labels = TexturedShapes(split).pixels(range(count))
+
+    def __call__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for pixels, labels in zip(self.pixels.split(self.batch), self.labels.split(self.batch), strict=True):
+            yield SPEC.normalise(pixels.float().div_(255)), labels
+
+
+class Table:
+    """Rows in a JSON file, found by their keys, so that an interrupted table goes on where it stopped."""
+
+    def __init__(self, path: Path | None, command: str = "") -> None:
+        self.path, self.rows = path, list[dict[str, Any]]()
+        self.head: dict[str, Any] = {"command": command, "environment": environment()}
+        if path is not None and path.exists():
+            self.rows = json.loads(path.read_text())["rows"]
+
+    def find(self, **keys: Any) -> dict[str, Any] | None:
+        return next((row for row in self.rows if all(row[key] == keys[key] for key in KEYS)), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, (json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n").encode())
+
+
+def run_table(
+    table: Table,
+    name: str,
+    variants: tuple[Variant, ...],
+    bits: tuple[tuple[int, int], ...],
+    seeds: tuple[int, ...],
+    test: TestSet,
+    *,
+    preset: str = "smoke",
+    deadline: float | None = None,
+    progress: Progress = QUIET,
+    config: Callable[[QatConfig], QatConfig] = lambda config: config,
+) -> None:
+    """Fills a table with every (seed, variant, bits) that it lacks.
+
+    Args:
+        table: where rows go as they are finished.
+        name: an embedded teacher.
+        variants, bits, seeds: what to run; seeds are the outermost loop, so that a stopped table is still paired.
+        test: evaluated after every epoch; it chooses nothing.
+        preset: size of the runs.
+        deadline: ``time.monotonic()`` after which no further row is begun.
+        progress: where to report.
+        config: applied to every variant's configuration, for quick tables.
+    """
+    model = teacher(name)
+    top1 = api.evaluate(model.to(memory_format=torch.channels_last), test())  # type: ignore[call-overload]
+    for seed in seeds:
+        sets: dict[str, _Set] = {}
+        for variant in variants:
+            for w_bits, a_bits in bits:
+                keys = {
+                    "task": TASK, "model": name, "method": variant.method, "variant": variant.name,
+                    "w_bits": w_bits, "a_bits": a_bits, "seed": seed,
+                }  # fmt: skip
+                if table.find(**keys) is not None:
+                    continue
+                if deadline is not None and time.monotonic() > deadline:
+                    return
+                settings = config(variant.change(methods.get(variant.method).config(preset, "repo")))
+                if variant.images not in sets:
+                    sets[variant.images] = _images(variant.images, model, settings, seed, progress)
+                progress.say(f"{name} seed {seed} {variant.name} W{w_bits}A{a_bits}")
+                table.add({**keys, "teacher_top1": top1, **_row(model, keys, settings, sets[variant.images], test)})
+
+
+def _row(model: nn.Module, keys: dict[str, Any], settings: QatConfig, made: _Set, test: TestSet) -> dict[str, Any]:
+    begin = time.perf_counter()
+    evaluating = [0.0]
+
+    def timed_test() -> Iterator[tuple[Tensor, Tensor]]:
+        since = time.perf_counter()
+        yield from test()
+        evaluating[0] += time.perf_counter() - since
+
+    result = api.quantize(
+        model, keys["method"], w_bits=keys["w_bits"], a_bits=keys["a_bits"], input_spec=SPEC, config=settings,
+        images=made.images, test=timed_test, seed=keys["seed"], progress=QUIET,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begin - evaluating[0]
+    last, best = result.top1_last, result.top1_best
+    if last is None:  # nothing was tuned, so no epoch was evaluated
+        last = best = api.evaluate(result.model, test())
+    return {
+        "top1_last": last,
+        "top1_best": best,
+        "agreement": result.quality.agreement,
+        "seconds": round(seconds + made.seconds, 1),  # images included, evaluation not
+    }
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Images and what they cost."""
+
+    images: Images
+    seconds: float
+
+
+def _images(kind: str, model: nn.Module, settings: QatConfig, seed: int, progress: Progress) -> _Set:
+    begin = time.perf_counter()
+    if kind == "real":
+        count = settings.images + settings.held_out
+        # disjoint training images per seed
+        images, labels = TexturedShapes("train").images(range(seed * count, (seed + 1) * count))
+        made = hold_out(images, labels, settings.held_out)
+    else:
+        source = replace(settings, source="noise" if kind == "noise" else "pixels")
+        made = api.synthesize(model, "synq", input_spec=SPEC, config=source, seed=seed, progress=progress)
+    return _Set(made, time.perf_counter() - begin)
+
+
+def summary(rows: list[dict[str, Any]], against: tuple[str, ...] = ("min-max", "noise")) -> str:
+    """The table as Markdown: mean top-1 of the last epoch, best epoch beside it, paired differences to controls.
+
+    Args:
+        rows: of one task.
+        against: variants to subtract, seed by seed on the same test images.
+    """
+    lines = []
+    for model in _unique(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        lines += [f"### {model}, teacher {own[0]['teacher_top1']:.2f} %", ""]
+        head = ["bits", "variant", "seeds", "last", "best", "agreement", *(f"last - {name}" for name in against), "s"]
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for bits in _unique((row["w_bits"], row["a_bits"]) for row in own):
+            group = [row for row in own if (row["w_bits"], row["a_bits"]) == bits]
+            for variant in _unique(row["variant"] for row in group):
+                lines.append("| " + " | ".join(_cells(group, variant, bits, against)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def differences(rows: list[dict[str, Any]], first: str, second: str) -> Interval | None:
+    """Paired last-epoch differences of two variants over the seeds both have; None with fewer than two."""
+    by_seed = [{r["seed"]: r["top1_last"] for r in rows if r["variant"] == name} for name in (first, second)]
+    seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+    if first == second or len(seeds) < 2:
+        return None
+    return paired_interval(*([values[seed] for seed in seeds] for values in by_seed))
+
+
+def _cells(group: list[dict[str, Any]], variant: str, bits: tuple[int, int], against: tuple[str, ...]) -> list[str]:
+    own = [row for row in group if row["variant"] == variant]
+    mean = {
+        key: statistics.fmean(row[key] for row in own) for key in ("top1_last", "top1_best", "agreement", "seconds")
+    }
+    spread = statistics.stdev(row["top1_last"] for row in own) if len(own) > 1 else 0.0
+    compared = [differences(group, variant, other) for other in against]
+    return [
+        f"W{bits[0]}A{bits[1]}",
+        variant,
+        str(len(own)),
+        f"{mean['top1_last']:.2f} ± {spread:.2f}",
+        f"{mean['top1_best']:.2f}",
+        f"{mean['agreement']:.1f}",
+        *("" if interval is None else str(interval) for interval in compared),
+        f"{mean['seconds']:.0f}",
+    ]
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that it holds are not run again")
+    parser.add_argument("--model", action="append", help="MODEL:SEEDS, default resnet20:5 and mobilenet_small:3")
+    parser.add_argument("--no-ablation", action="store_true", help="leave the W3A3 ablation on resnet20 out")
+    parser.add_argument("--images", type=int, default=TEST_IMAGES, help="test images")
+    parser.add_argument("--minutes", type=float, help="begin no further row after this long")
+    args = parser.parse_args()
+    command = "python -m zsq_ext.bench.accuracy " + " ".join(sys.argv[1:])
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    table, test, progress = Table(args.out, command), TestSet(args.images), Progress()
+    for entry in args.model or ["resnet20:5", "mobilenet_small:3"]:
+        name, _, seeds = entry.partition(":")
+        chosen = tuple(range(int(seeds or 1)))
+        run_table(table, name, VARIANTS, ((4, 4), (3, 3)), chosen, test, deadline=deadline, progress=progress)
+        if name == "resnet20" and not args.no_ablation:
+            run_table(table, name, ABLATIONS, ((3, 3),), chosen, test, deadline=deadline, progress=progress)
+    sys.stdout.write(summary(table.rows, ("min-max", "noise", "SynQ")))
+
+
+if __name__ == "__main__":
+    main()

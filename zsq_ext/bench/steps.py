@@ -1,0 +1,118 @@
+"""The suite `steps`: one step of image making and one of fine-tuning, with the ops on each backend in one run.
+
+``outside_convolutions`` is the share of the step's own CPU time (or CUDA time) that is not spent in convolutions and
+matrix products: what fusing the rest could win at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from zsq_ext.bench import timing
+from zsq_ext.core.progress import Progress
+from zsq_ext.methods import qat, synq
+from zsq_ext.ops import backend
+from zsq_ext.quant.capture import capture
+from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.modules import calibrating
+from zsq_ext.quant.prepare import prepare
+from zsq_ext.synth.teacher import Teacher
+from zsq_ext.tune.distill import Distiller, sum_terms
+from zsq_ext.zoo import small_nets
+
+BATCH = 32
+CLASSES = 40
+MATRIX_OPS = ("conv", "mm", "addmm", "linear")
+
+
+def rows(progress: Progress) -> list[dict[str, Any]]:
+    """Both steps of SynQ (smoke, released profile, W4A4) on both embedded architectures, random weights."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = []
+    nets = {"resnet20": small_nets.resnet20, "mobilenet_small": small_nets.mobilenet_small}
+    with progress.stage("steps", 2 * len(nets)) as stage:
+        for name, build in nets.items():
+            for op, step in _steps(build(CLASSES).to(device), device).items():
+                found += _rows(op, name, step, device)
+                stage.advance(note=f"{op} {name}")
+    return found
+
+
+def _steps(model: torch.nn.Module, device: str) -> dict[str, Callable[[], Any]]:
+    """The two steps as functions without arguments; parameters stay as they are, so that every call does the same."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCH, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (BATCH,), generator=generator).to(device)
+    model.train()
+    model(images)  # running statistics that belong to some data
+    config = synq.config("smoke", "repo")
+    module = capture(model, images[:2]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    qconfig = QConfig(4, 4)
+    student = prepare(module, qconfig)
+    with torch.no_grad(), calibrating(student):
+        student(images)
+    distiller = Distiller(module, student, config.distill)
+    parameters = list(student.parameters())
+    objective = qat.inception(replace(config, centres=False), Teacher(module), None)
+    observe = Teacher(module).observe
+
+    def tuning() -> Any:
+        return torch.autograd.grad(sum_terms(distiller(images, labels)), parameters)
+
+    def generation() -> Any:
+        x = images.detach().requires_grad_(True)
+        return torch.autograd.grad(sum_terms(objective(observe(x, labels))), x)
+
+    return {"synq_tuning_step": tuning, "synq_generation_step": generation}
+
+
+def _rows(op: str, net: str, step: Callable[[], Any], device: str) -> list[dict[str, Any]]:
+    expected = step_on("reference", step)
+    contenders = {}
+    for name in backend.NAMES:
+        interpreted = name == "triton" and device == "cpu"
+        if interpreted or backend.reason_against(name, "fake_quant", device, torch.float32):
+            continue
+        for got, want in zip(step_on(name, step), expected, strict=True):
+            timing.assert_equal(f"{op} on {name}", got, want)  # min-max ranges: every backend rounds alike
+        contenders[name] = lambda name=name: step_on(name, step)
+    times = timing.compare(contenders, [()], device, seconds=20)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    flops = counter.get_total_flops()
+    found = []
+    for name in contenders:
+        row = timing.row(
+            op=op, case=f"{net} B={BATCH} W4A4", dtype=torch.float32, device=device, backend=name, pass_="step",
+            timing=times[name], bytes_=0, flops=flops, flops_per_second=timing.matmul_rate(device),
+            peers={"reference": times["reference"]},
+        )  # fmt: skip
+        row["outside_convolutions"] = outside_convolutions(contenders[name], device)
+        found.append(row)
+    return found
+
+
+def step_on(name: str, step: Callable[[], Any]) -> Any:
+    """One step with every op on that backend."""
+    with backend.backend(name):
+        return step()
+
+
+def outside_convolutions(step: Callable[[], Any], device: str) -> float:
+    """The share of a step's own time that is not in convolutions and matrix products, 0 to 1."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        step()
+    total = matrix = 0.0
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        total += own
+        if any(word in event.key.lower() for word in MATRIX_OPS):
+            matrix += own
+    return 1 - matrix / total

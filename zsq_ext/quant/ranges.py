@@ -20,8 +20,7 @@ FINEST_SCALE = 2.0**-23
 exact in fp32."""
 
 CLIP_RATIOS = tuple(i / 100 for i in range(100, 0, -1))
-"""Shrink factors tried by `lp_search`: 1.00, 0.99, ..., 0.01, as Genie-M does. BRECQ stops after the first
-80."""
+"""Shrink factors tried by `lp_search`: 1.00, 0.99, ..., 0.01, as Genie-M does. BRECQ stops after the first 80."""
 
 
 def affine_params(
@@ -32,10 +31,9 @@ def affine_params(
         scale      = max(hi - lo, 1e-8) / (2^bits - 1)
         zero_point = qmin - round_half_even(lo / scale)
 
-    Real zero is always a grid point. With `include_zero=False` it may lie outside [qmin, qmax], as the
-    published weight quantizers have it. A channel that is constant and far from zero would need a zero-point
-    beyond int32; its scale is therefore at least 2^-23 of its largest bound, which still reproduces the
-    constant.
+    Real zero is always a grid point. With `include_zero=False` it may lie outside [qmin, qmax], as the published weight
+    quantizers have it. A channel that is constant and far from zero would need a zero-point beyond int32; its scale is
+    therefore at least 2^-23 of its largest bound, which still reproduces the constant.
 
     Args:
         lo, hi: range ends in units of x, lo <= hi, finite; 0-d, (1,) or (C,), floating point.
@@ -97,8 +95,7 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
 def percentile(x: Tensor, percent: float = 99.99, axis: int | None = None) -> tuple[Tensor, Tensor]:
     """The values below and above which the outermost (100 - percent) % of x lie, at each end.
 
-    Nearest rank without interpolation: of n sorted values, number ceil(n * percent / 100) from either end. So
-        both
+    Nearest rank without interpolation: of n sorted values, number ceil(n * percent / 100) from either end. So both
     bounds are values of x, and percent=100 is `min_max`.
 
     Args:

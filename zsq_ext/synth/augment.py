@@ -44,9 +44,8 @@ def draw_crops(
 
         width = round(sqrt(area * aspect)),     height = round(sqrt(area / aspect))
 
-    and the first pair that fits the image is placed uniformly. If none fits, the central crop of the nearest
-    allowed aspect is taken. All attempts are drawn at once, so there is no loop and nothing is read back to
-    the host.
+    and the first pair that fits the image is placed uniformly. If none fits, the central crop of the nearest allowed
+    aspect is taken. All attempts are drawn at once, so there is no loop and nothing is read back to the host.
 
     Args:
         batch: B, number of images.

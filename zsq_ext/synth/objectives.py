@@ -1,5 +1,4 @@
-"""What synthetic images are asked to satisfy: one function per published loss term, each returning a 0-d
-tensor.
+"""What synthetic images are asked to satisfy: one function per published loss term, each returning a 0-d tensor.
 
 Shapes: N samples, C channels, K classes, L batch-norm layers. A layer's statistics are those of its BN
 *input*: the per-channel mean and biased variance over every axis but the channel's. They are fp32 (fp64 for
@@ -201,8 +200,8 @@ def layered_bn_statistics_loss(
     Args:
         means, variances: the images', one (C_l,) per layer, all L layers.
         centre_means, centre_variances: the centres' over all of them, from `merge_statistics`.
-        divide_by: "layers" divides by L; "released" by L * 256, which with the published weight of 0.02 makes
-            the term vanish.
+        divide_by: "layers" divides by L; "released" by L * 256, which with the published weight of 0.02 makes the term
+            vanish.
 
     Returns:
         The loss.
@@ -278,8 +277,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def wrong_over_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-odds against the label, from which every function of its probability p can be had without
-    cancellation.
+    """Log-odds against the label, from which every function of its probability p can be had without cancellation.
 
         a = logsumexp over k != y of x_k  -  x_y,     -log p = softplus(a),     1 - p = sigmoid(a)
 

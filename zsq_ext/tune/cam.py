@@ -1,11 +1,9 @@
-"""Class activation maps of a network's last feature, and the loss that aligns a student's map with the
-teacher's.
+"""Class activation maps of a network's last feature, and the loss that aligns a student's map with the teacher's.
 
 Grad-CAM weighs the feature A, the output of the last convolution, by alpha_k = mean over positions of dy/dA_k, y being
-the logit of one class, and shows S = ReLU(sum_k alpha_k A_k). Where only BN, a residual sum, ReLU or ReLU6, pooling
-and one linear layer follow, alpha is known in closed form and costs neither a forward nor a backward pass.
-The weights
-are constants: the gradient reaches the student through A alone, and never the teacher.
+the logit of one class, and shows S = ReLU(sum_k alpha_k A_k). Where only BN, a residual sum, ReLU or ReLU6, pooling and
+one linear layer follow, alpha is known in closed form and costs neither a forward nor a backward pass. The weights are
+constants: the gradient reaches the student through A alone, and never the teacher.
 
 Shapes: B samples, K channels, H x W positions, C classes.
 """
@@ -75,10 +73,8 @@ def closed_form_alpha(
 
         alpha_k = fc_weight[class, k] * slope_k * share_k / (H W)
 
-    share_k is the share of positions where the activation passes the gradient: pre_activation > 0, and <
-        upper where
-    there is an upper bound. A fake-quantizer after the activation whose gradient is the identity changes
-    nothing.
+    share_k is the share of positions where the activation passes the gradient: pre_activation > 0, and < upper where
+    there is an upper bound. A fake-quantizer after the activation whose gradient is the identity changes nothing.
 
     Args:
         fc_weight: (C, K), the weights the forward pass used: quantized ones for the student.
@@ -143,8 +139,7 @@ def cam_map(alpha: Tensor, activation: Tensor, *, floor: float | None = None) ->
     Args:
         alpha: weights (B, K), taken as constants.
         activation: A, (B, K, H, W), the convolution's output.
-        floor: raise the weights to at least this (`ALPHA_FLOOR` as released); None leaves them as the paper
-            does.
+        floor: raise the weights to at least this (`ALPHA_FLOOR` as released); None leaves them as the paper does.
 
     Returns:
         (B, H, W) >= 0, in fp32 or wider, differentiable in activation.
@@ -262,11 +257,9 @@ def _upsampled_error(student: Tensor, teacher: Tensor, size: tuple[int, int]) ->
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _upsampling(n: int, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Bilinear upsampling (align_corners=False) of one axis as a matrix U, (size, n), reduced to what a loss
-    needs.
+    """Bilinear upsampling (align_corners=False) of one axis as a matrix U, (size, n), reduced to what a loss needs.
 
-    Kept per size and device, because a copy from the host in every step could not be captured in a CUDA
-    graph.
+    Kept per size and device, because a copy from the host in every step could not be captured in a CUDA graph.
 
     Returns:
         The rows of U that begin or end a cell, the interval between two native pixels, where alone a

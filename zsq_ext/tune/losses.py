@@ -121,7 +121,7 @@ def difficulty(teacher_logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (B,) in [0, 1], temperature 1.
 
-    Source: HAST, and SynQ (arXiv 2603.18423), section 4.
+    Source: HAST, and SynQ (arXiv 2603.18423), eq. 6.
     """
     return torch.sigmoid(wrong_over_right(teacher_logits, labels))
 

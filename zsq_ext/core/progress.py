@@ -31,14 +31,14 @@ class Progress:
         self.file = file or sys.stderr
 
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Stage]:
-        """A stage of ``total`` steps; advance it inside the block."""
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
+        """A stage of ``total`` steps, the first ``done`` of them from an earlier run; advance it inside the block."""
         if self.quiet or total <= 0:
             yield _Silent()
         elif self.file.isatty():
-            yield from self._bar(name, total)
+            yield from self._bar(name, total, done)
         else:
-            lines = _Lines(name, total, self.file)
+            lines = _Lines(name, total, done, self.file)
             yield lines
             lines.finish()
 
@@ -47,7 +47,7 @@ class Progress:
         if not self.quiet:
             print(text, file=self.file, flush=True)
 
-    def _bar(self, name: str, total: int) -> Iterator[Stage]:
+    def _bar(self, name: str, total: int, done: int) -> Iterator[Stage]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -61,7 +61,7 @@ class Progress:
             TextColumn("{task.fields[note]}"),
         )
         with Bars(*columns, console=Console(file=self.file)) as bars:
-            yield _Bar(bars, bars.add_task(name, total=total, note=""))
+            yield _Bar(bars, bars.add_task(name, total=total, completed=done, note=""))
 
 
 QUIET = Progress(quiet=True)
@@ -81,9 +81,10 @@ class _Bar:
 
 
 class _Lines:
-    def __init__(self, name: str, total: int, file: TextIO) -> None:
+    def __init__(self, name: str, total: int, done: int, file: TextIO) -> None:
         self._name, self._total, self._file = name, total, file
-        self._done, self._note = 0, ""
+        self._resumed_at = self._done = done  # what an earlier run did says nothing about this run's pace
+        self._note = ""
         self._begin = self._last = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
@@ -91,7 +92,7 @@ class _Lines:
         self._note = note or self._note
         now = time.monotonic()
         if now - self._last >= LINE_SECONDS and self._done < self._total:
-            left = (now - self._begin) / self._done * (self._total - self._done)
+            left = (now - self._begin) / (self._done - self._resumed_at) * (self._total - self._done)
             self._print(now, f", about {left:.0f} s left")
             self._last = now
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 CONFIG = "config.json"
+
+CHECKPOINT_SECONDS = 15.0
+"""The least time between two checkpoints of a stage; the environment variable ZSQ_CHECKPOINT_SECONDS overrides it."""
 
 
 class Run:
@@ -26,7 +30,8 @@ class Run:
         out: the folder, made if missing; None keeps nothing (and nothing can be resumed then).
         config: everything that decides the result, as JSON values. A folder belongs to one configuration.
         resume: continue what the folder holds. Without it the folder must not hold a run.
-        checkpoint_seconds: the least time between two checkpoints of a stage.
+        checkpoint_seconds: the least time between two checkpoints of a stage; None takes ``ZSQ_CHECKPOINT_SECONDS``
+            from the environment, or 15.
 
     Raises:
         ValueError: the folder cannot be written, holds a run and ``resume`` is off, or holds the run of another
@@ -39,11 +44,11 @@ class Run:
         config: Mapping[str, Any],
         *,
         resume: bool = False,
-        checkpoint_seconds: float = 15.0,
+        checkpoint_seconds: float | None = None,
     ) -> None:
         self.config = json.loads(json.dumps(config, sort_keys=True))
         self.digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
-        self.checkpoint_seconds = checkpoint_seconds
+        self.checkpoint_seconds = _seconds_of_environment() if checkpoint_seconds is None else checkpoint_seconds
         self.folder = Path(out) if out is not None else None
         if self.folder is None:
             if resume:
@@ -65,21 +70,26 @@ class Run:
         try:
             before = json.loads(held.read_text())["config"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"run: {held} must be a run's configuration, but cannot be read: {error}") from error
+            raise ValueError(f"run: out must hold a readable {CONFIG} or none, got {held}: {error}") from error
         if before != self.config:
-            differing = sorted(_differences(before, self.config))
-            raise ValueError(f"run: {self.folder} holds a run of another configuration; {'; '.join(differing[:4])}")
+            differing = "; ".join(_differences(before, self.config)[:4])
+            raise ValueError(
+                f"run: out must be a new folder or hold this run, got {self.folder} with another one: {differing}"
+            )
         if not resume:
-            raise ValueError(f"run: {self.folder} already holds this run; pass resume=True to continue it")
+            raise ValueError(
+                f"run: out must be a new folder unless resume=True continues the run in it, got {self.folder}"
+            )
 
     def path(self, name: str) -> Path | None:
         """The path of a file in the folder, or None without a folder."""
         return None if self.folder is None else self.folder / name
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes a JSON file; nothing without a folder."""
+        """Writes a JSON file, with null for what is not finite; nothing without a folder."""
         if self.folder is not None:
-            write_atomically(self.folder / name, (json.dumps(value, indent=1) + "\n").encode())
+            text = json.dumps(_finite(value), indent=1, allow_nan=False)
+            write_atomically(self.folder / name, (text + "\n").encode())
 
     def save(self, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any] | None = None) -> None:
         """Writes ``<name>.safetensors`` with ``info`` in its header; nothing without a folder."""
@@ -87,13 +97,17 @@ class Run:
             save_tensors(self.folder / f"{name}.safetensors", tensors, {"digest": self.digest, **(info or {})})
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What ``save`` wrote under that name, or None if there is nothing."""
+        """What ``save`` wrote under that name, or None if there is nothing.
+
+        Raises:
+            ValueError: the file is damaged or belongs to another run.
+        """
         path = self.path(f"{name}.safetensors")
         if path is None or not path.exists():
             return None
         tensors, info = load_tensors(path)
         if info.get("digest") != self.digest:
-            raise ValueError(f"run: {path} belongs to another configuration")
+            raise ValueError(f"run: {path} must belong to this run, got one of another configuration")
         return tensors, info
 
     def remove(self, name: str) -> None:
@@ -123,7 +137,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         with safe_open(str(path), framework="pt") as file:
             info = json.loads((file.metadata() or {}).get("info", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"load: {path} must be a complete safetensors file, but: {error}") from error
     if not isinstance(info, dict):
         raise ValueError(f"load: {path} is a safetensors file, but not one of zsq_ext's (no header of ours)")
@@ -132,15 +146,16 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces a file by new contents such that a kill leaves the old or the new one."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # one name per file: what a kill leaves there is overwritten by the next write instead of piling up
+    beside = path.with_name(f".{path.name}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with beside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -153,6 +168,26 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         if value.numel():
             digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _seconds_of_environment() -> float:
+    text = os.environ.get("ZSQ_CHECKPOINT_SECONDS", "")
+    try:
+        seconds = float(text) if text else CHECKPOINT_SECONDS
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise ValueError(f"run: ZSQ_CHECKPOINT_SECONDS must be a number >= 0, got {text!r}")
+    return seconds
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; a reader that follows the standard would refuse the whole file."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:

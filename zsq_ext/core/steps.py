@@ -47,8 +47,27 @@ class State:
         return found
 
     @torch.no_grad()
+    def not_finite(self) -> str | None:
+        """The first tensor that holds NaN or infinity, or None; one transfer from the device."""
+        flags = {name: tensor.isfinite().all() for name, tensor in self.tensors().items()}
+        if not flags:
+            return None
+        device = next(iter(flags.values())).device  # an optimizer counts its steps on the host
+        fine = torch.stack([flag.to(device) for flag in flags.values()]).tolist()
+        return next((name.partition(".")[2] for name, ok in zip(flags, fine, strict=True) if not ok), None)
+
+    @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Puts a checkpoint back in place."""
+        """Puts a checkpoint back in place.
+
+        Raises:
+            ValueError: the checkpoint does not fit, naming the tensor; nothing was changed then.
+        """
+        for name, tensor in self._tensors.items():
+            there = saved.get(f"state.{name}")
+            if there is None or there.shape != tensor.shape or there.dtype != tensor.dtype:
+                got = None if there is None else f"{there.dtype} {tuple(there.shape)}"
+                raise ValueError(f"checkpoint: '{name}' must be {tensor.dtype} {tuple(tensor.shape)}, got {got}")
         for name, tensor in self._tensors.items():
             tensor.copy_(saved[f"state.{name}"])
         for name, optimizer in self._optimizers.items():
@@ -79,7 +98,9 @@ def run_steps(
     """Runs ``step(0) ... step(count - 1)``, continuing from a checkpoint of that name if the run holds one.
 
     Every ``READ_EVERY`` steps one transfer brings back the last losses and, per term, the first step at which it was
-    not finite. A checkpoint is only written after such a look, so it never holds a poisoned state.
+    not finite. A checkpoint is only written after such a look and a look at the state itself (a finite loss can have a
+    gradient that is not), so it never holds a poisoned state. The end of a stage is a checkpoint too: a resumed run
+    repeats no finished stage.
 
     Args:
         run: where checkpoints go.
@@ -96,18 +117,21 @@ def run_steps(
         The history: one {"step": n, term: value} per look.
 
     Raises:
-        Diverged: a term was not finite, with the step, the term and the advice.
+        Diverged: a term or the state was not finite, with the step, its name and the advice.
+        ValueError: the checkpoint is damaged or belongs to another run.
     """
-    begin, history = 0, []
+    begin: Any = 0
+    history: Any = []
     held = run.load(f"checkpoint-{name}")
     if held is not None:
         tensors, info = held
+        begin, history = info.get("step"), info.get("history")
+        if not isinstance(begin, int) or not 0 <= begin <= count or not isinstance(history, list):
+            raise ValueError(f"checkpoint: '{name}' must hold a step, 0 to {count}, and a history, got step {begin!r}")
         state.load(tensors)
-        begin, history = int(info["step"]), list(info["history"])
     guard = _Guard(name, advice)
     saved_at = time.monotonic()
-    with progress.stage(title or name, count) as stage:
-        stage.advance(begin)
+    with progress.stage(title or name, count, begin) as stage:
         for n in range(begin, count):
             guard.watch(n, step(n))
             look = (n + 1) % READ_EVERY == 0 or n + 1 == count
@@ -119,7 +143,13 @@ def run_steps(
                 history.append({"step": n + 1, **row})
             note = f"loss {sum(values.values()):.4g}" if values else ""
             stage.advance(1, note)
-            if look and time.monotonic() - saved_at >= run.checkpoint_seconds:
+            last = n + 1 == count
+            if last or (look and run.folder is not None and time.monotonic() - saved_at >= run.checkpoint_seconds):
+                broken = state.not_finite()
+                if broken is not None:
+                    raise Diverged(
+                        f"{name}: '{broken}' is not finite after step {n}, though every loss term was. {advice}"
+                    )
                 run.save(f"checkpoint-{name}", state.tensors(), {"step": n + 1, "history": history})
                 saved_at = time.monotonic()
     return history

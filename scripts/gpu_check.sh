@@ -32,7 +32,7 @@ step() {
 
 # Pytest by its module's main, not `python -m pytest`: that would put this folder on sys.path.
 pytest=("$PYTHON" -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))' -q)
-require="env ZSQ_REQUIRE=cpu,cuda,triton"
+require=(env ZSQ_REQUIRE=cpu,cuda,triton)
 export PYTHONPATH=${PYTHONPATH:-} PYTHONUNBUFFERED=1
 
 step build 170 env ZSQ_CUDA=ON "$PYTHON" -m pip install --no-build-isolation --no-deps -e . || exit 1
@@ -40,14 +40,16 @@ step backends 60 "$PYTHON" -c '
 import torch, zsq_ext
 print(torch.cuda.get_device_name(), torch.__version__, zsq_ext.backends())
 assert not any(zsq_ext.backends().values())'
-step tests_gpu 120 $require "${pytest[@]}" -m gpu tests/
-step tests_ops 150 $require "${pytest[@]}" -m "not gpu" tests/test_ops_*.py
+# A room whose own needs are not installed here fails to import; the others still run, and the step is red.
+step tests_gpu 120 "${require[@]}" "${pytest[@]}" --continue-on-collection-errors -m gpu tests/
+step tests_ops 150 "${require[@]}" "${pytest[@]}" -m "not gpu" tests/test_ops_*.py
 
 # Memory errors, in a few cases that reach every kernel: the sanitizer slows them some fifty times. That it ran is
 # asserted by its own closing line, not only by its exit status.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
-  step sanitizer 100 $require "$sanitizer" --tool memcheck --error-exitcode 9 --target-processes all \
+  # Without torch's cache every tensor is an allocation of its own, and a step past its end is seen.
+  step sanitizer 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 ZSQ_REQUIRE=cuda "$sanitizer" --tool memcheck --error-exitcode 9 \
     "${pytest[@]}" tests/test_ops_fake_quant.py -k "reference_bits and cuda and not nan"
   if ! grep -q "ERROR SUMMARY: 0 errors" "$OUT/sanitizer.log" || ! grep -q " passed" "$OUT/sanitizer.log"; then
     echo "compute-sanitizer did not run to its end, or found errors"

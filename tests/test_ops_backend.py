@@ -80,7 +80,7 @@ def test_blocks_nest_and_end_with_an_error():
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="must be one of auto, reference, cpu, cuda, triton, got 'tpu'"):
-        backend.backend("tpu").__enter__()
+        backend.backend("tpu")
 
 
 def _run(code, **env):

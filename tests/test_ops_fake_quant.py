@@ -345,6 +345,12 @@ def test_export_keeps_the_op():
     assert_same(program.module()(more), Model()(more))
 
 
+def test_meta_tensors_have_a_shape_and_no_values():
+    x, scale = torch.empty(2, 3, device="meta"), torch.empty(3, device="meta")
+    out = fake_quant(x, scale, torch.empty(3, dtype=torch.int32, device="meta"), -8, 7, axis=1)
+    assert (out.device.type, out.shape) == ("meta", x.shape)
+
+
 # GPU only
 
 

@@ -8,8 +8,7 @@ such tensors. Each op is registered with torch once, here, and asks at run time 
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -40,8 +39,7 @@ def choice() -> str:
     return _choice
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
+class backend:
     """Within the block every op runs on the backend called `name`, or raises NotImplementedError.
 
     `"auto"` takes the fastest one that can and may fall back. The environment variable ZSQ_BACKEND sets what
@@ -53,16 +51,22 @@ def backend(name: str) -> Iterator[None]:
 
     Example:
         >>> import torch, zsq_ext
+        >>> x, scale, zero_point = torch.tensor([0.3]), torch.ones(1), torch.zeros(1, dtype=torch.int32)
         >>> with zsq_ext.backend("reference"):
-        ...     zsq_ext.ops.fake_quant(torch.tensor([0.3]), torch.ones(1), torch.zeros(1, dtype=torch.int32), 0, 7)
+        ...     zsq_ext.ops.fake_quant(x, scale, zero_point, 0, 7)
         tensor([0.])
     """
-    global _choice
-    before, _choice = _choice, _checked(name, "backend")
-    try:
-        yield
-    finally:
-        _choice = before
+
+    def __init__(self, name: str) -> None:
+        self._name = _checked(name, "backend")
+
+    def __enter__(self) -> None:
+        global _choice
+        self._before, _choice = _choice, self._name
+
+    def __exit__(self, *error: object) -> None:
+        global _choice
+        _choice = self._before
 
 
 def module(name: str) -> ModuleType:

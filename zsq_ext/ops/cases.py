@@ -185,10 +185,11 @@ def _codes(*shape: int) -> Tensor:
 
 # The good call: x float32 [2, 4, 3], scale and zero_point [4], codes -8 ... 7, axis 1.
 FAKE_QUANT_ERRORS = (
+    ErrorCase("scale_number", TypeError, "fake_quant: scale must be a tensor, got float", {"scale": 0.1}),
     ErrorCase(
         "x_integer",
         TypeError,
-        "fake_quant: x must be float32, float16, bfloat16 or float64, got torch.int32",
+        "fake_quant: x must be a float32, float16, bfloat16 or float64 tensor, got torch.int32",
         {"x": _codes(2, 4, 3)},
     ),
     ErrorCase(
@@ -206,7 +207,7 @@ FAKE_QUANT_ERRORS = (
     ErrorCase(
         "zero_point_dtype",
         TypeError,
-        "fake_quant: zero_point must be torch.int32, got torch.float32",
+        "fake_quant: zero_point must be torch.int32 for torch.float32 x, got torch.float32",
         {"zero_point": torch.zeros(4)},
     ),
     ErrorCase(

@@ -131,7 +131,7 @@ def fake_quant(
         A tensor of x's shape, dtype and memory format.
 
     Raises:
-        TypeError: a dtype is not as above.
+        TypeError: a type or dtype is not as above.
         ValueError: a shape, device, range, axis or name is not as above.
         NotImplementedError: the forced backend cannot run it; says why.
 
@@ -145,13 +145,10 @@ def fake_quant(
     Source: B. Jacob et al., Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference, CVPR 2018; the straight-through gradient is Bengio et al., 2013.
     """
-    compute = _COMPUTE.get(x.dtype)
+    compute = _COMPUTE.get(x.dtype) if isinstance(x, Tensor) else None
     if compute is None:
-        raise TypeError(f"fake_quant: x must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    if scale.dtype is not compute:
-        raise TypeError(f"fake_quant: scale must be {compute} for {x.dtype} x, got {scale.dtype}")
-    if zero_point.dtype is not torch.int32:
-        raise TypeError(f"fake_quant: zero_point must be torch.int32, got {zero_point.dtype}")
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"fake_quant: x must be a float32, float16, bfloat16 or float64 tensor, got {got}")
     if not -_CODE_LIMIT <= qmin <= qmax <= _CODE_LIMIT:
         raise ValueError(f"fake_quant: qmin must be <= qmax, both within 2**24 of 0, got {qmin} and {qmax}")
     if grad not in _GRADS:
@@ -165,7 +162,11 @@ def fake_quant(
             raise ValueError(f"fake_quant: axis must be {rule}, got {axis}")
         axis %= dims
         channels = x.size(axis)
-    for name, t in (("scale", scale), ("zero_point", zero_point)):
+    for name, t, dtype in (("scale", scale, compute), ("zero_point", zero_point, torch.int32)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"fake_quant: {name} must be a tensor, got {type(t).__name__}")
+        if t.dtype is not dtype:
+            raise TypeError(f"fake_quant: {name} must be {dtype} for {x.dtype} x, got {t.dtype}")
         if t.dim() != 1 or t.size(0) not in (1, channels):
             shapes = "(1,)" if axis is None else f"(1,) or ({channels},)"
             raise ValueError(f"fake_quant: {name} must have shape {shapes}, got {tuple(t.shape)}")

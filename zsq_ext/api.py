@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from zsq_ext import methods
+from zsq_ext import methods, report
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.run import Run, fingerprint, load_tensors, save_tensors
 from zsq_ext.core.spec import InputSpec
@@ -45,8 +45,10 @@ class Result:
         qconfig: bits and placement.
         config: method, hyperparameters, seed: everything that decided the result.
         histories: loss values by stage, [{"step": n, term: value}].
-        evaluations: [{"epoch": n, "top1": percent}], only where test data was given.
-        seconds: wall time by stage.
+        evaluations: [{"epoch": n, "top1": percent}], only where test data was given; epoch 0 is a network that was not
+            tuned at all.
+        seconds: wall time of the whole run.
+        teacher_top1: the float network's accuracy on the same test data, in percent; None without test data.
     """
 
     model: fx.GraphModule
@@ -59,6 +61,7 @@ class Result:
     histories: Mapping[str, list[dict]]
     evaluations: list[dict]
     seconds: float
+    teacher_top1: float | None = None
 
     @property
     def top1_last(self) -> float | None:
@@ -175,6 +178,9 @@ def quantize(
         evaluate=_evaluator(test),
     )
     outcome = chosen.run(job, settings)
+    evaluations = outcome.evaluations
+    if test is not None and not evaluations:
+        evaluations = [{"epoch": 0, "top1": evaluate(outcome.student, test())}]
     held_out = outcome.images.held_out if len(outcome.images.held_out) else outcome.images.images[:256]
     result = Result(
         model=outcome.student.eval(),
@@ -185,8 +191,9 @@ def quantize(
         qconfig=qconfig,
         config=job.run.config,
         histories=outcome.histories,
-        evaluations=outcome.evaluations,
+        evaluations=evaluations,
         seconds=time.perf_counter() - begin,
+        teacher_top1=None if test is None else evaluate(teacher, test()),
     )
     _keep(job.run, result)
     return result
@@ -409,6 +416,7 @@ def _keep(run: Run, result: Result) -> None:
     run.write_json(
         "result.json",
         {
+            "teacher_top1": result.teacher_top1,
             "top1_last": result.top1_last,
             "top1_best": result.top1_best,
             "evaluations": result.evaluations,
@@ -417,3 +425,4 @@ def _keep(run: Run, result: Result) -> None:
             "seconds": result.seconds,
         },
     )
+    report.write(result, run.folder)

@@ -1,0 +1,241 @@
+"""The commands about networks: quantize, synthesize, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zsq_ext.cli.common import Json, Quiet, on_stop, table, to_stdout, write_json
+
+if TYPE_CHECKING:
+    from zsq_ext.api import Result
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="An embedded teacher (resnet20, mobilenet_small), a network of the zoo such as resnet18 or "
+        "'resnet50(stride_in_1x1=True)', or path.py:function."
+    ),
+]
+Weights = Annotated[Path | None, typer.Option(help="A checkpoint; the embedded teachers bring theirs.")]
+DataName = Annotated[
+    str | None, typer.Option("--data", help="Test images: textured_shapes, cifar10:DIR, cifar100:DIR, imagenet:DIR.")
+]
+TestImages = Annotated[int | None, typer.Option(help="Measure on the first so many test images; all by default.")]
+InputShape = Annotated[str | None, typer.Option(help="C,H,W of an image, where --data does not say it.")]
+Mean = Annotated[str | None, typer.Option(help="The input's mean per channel, such as 0.485,0.456,0.406.")]
+Std = Annotated[str | None, typer.Option(help="The input's standard deviation per channel.")]
+NumClasses = Annotated[int | None, typer.Option(help="Number of labels, where --data does not say it.")]
+Preset = Annotated[str, typer.Option(help="Size of the run: smoke (minutes), cifar, imagenet.")]
+Profile = Annotated[str | None, typer.Option(help="Variant where paper and code differ: repo, paper.")]
+Method = Annotated[str, typer.Option(help="synq, hast, or a control: minmax, noise.")]
+Seed = Annotated[int, typer.Option(help="Of every random stream of the run.")]
+Device = Annotated[str | None, typer.Option(help="Where to work, such as cpu or cuda.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")]
+
+
+def quantize(
+    ctx: typer.Context,
+    model: Model,
+    weights: Weights = None,
+    method: Method = "synq",
+    w_bits: Annotated[int, typer.Option(help="Bits of the weights, 2 to 8.")] = 4,
+    a_bits: Annotated[str, typer.Option(help="Bits of the activations, 2 to 8, or none.")] = "4",
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    num_classes: NumClasses = None,
+    preset: Preset = "smoke",
+    profile: Profile = None,
+    tune: Annotated[str | None, typer.Option(help="How the images are used: qat or none.")] = None,
+    idea: Annotated[
+        list[str] | None, typer.Option(help="An idea to add, such as 'LowPass(d0=8)'; may be repeated.")
+    ] = None,
+    placement: Annotated[str | None, typer.Option(help="Rounded activations: after_relu, all_layers.")] = None,
+    edge_bits: Annotated[int | None, typer.Option(help="Bits of the first and last layer.")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    data: DataName = None,
+    test_images: TestImages = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; under runs/ by default.")] = None,
+    resume: Resume = False,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Turns a trained network into a low-bit one without its training data; with --data, measures what was lost."""
+    from zsq_ext import api, report
+    from zsq_ext.cli import inputs
+    from zsq_ext.core.progress import Progress
+
+    progress = Progress(quiet=quiet)
+    activations = inputs.bits(a_bits)
+    ideas = tuple(inputs.idea(text) for text in idea or ())
+    tested = None if data is None else inputs.data_set(data, progress, test_images)
+    network = inputs.network(
+        model, weights=weights, data=tested, input_shape=input_shape, mean=mean, std=std, num_classes=num_classes
+    )
+    label = f"W{w_bits}" + ("" if activations is None else f"A{activations}")
+    folder = out or Path("runs") / f"{network.name}-{method}-{label}-{preset}-seed{seed}"
+    _resumable(ctx, folder)
+    result = api.quantize(
+        network.model,
+        method,
+        w_bits=w_bits,
+        a_bits=activations,
+        input_spec=network.spec,
+        preset=preset,
+        profile=profile,
+        tune=tune,
+        ideas=ideas,
+        placement=placement,
+        edge_bits=edge_bits,
+        test=None if tested is None else tested.batches,
+        seed=seed,
+        device=device,
+        out=folder,
+        resume=resume,
+        progress=progress,
+    )
+    # once more, now with the names that only the command knows
+    measured_on = "" if tested is None else f"{tested.count} test images of {tested.name}"
+    page = report.write(result, folder, measured_on=measured_on, notes={"network": network.name})
+    write_json(json, _facts(network.name, result, folder, tested))
+    if to_stdout(json):
+        return
+    _show(method, result)
+    typer.echo(f"{folder / 'model.safetensors'}\n{page}")
+
+
+def synthesize(
+    ctx: typer.Context,
+    model: Model,
+    weights: Weights = None,
+    method: Method = "synq",
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    num_classes: NumClasses = None,
+    preset: Preset = "smoke",
+    profile: Profile = None,
+    seed: Seed = 0,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; under runs/ by default.")] = None,
+    png: Annotated[bool, typer.Option("--png", help="Also write every image as a PNG file of its own.")] = False,
+    resume: Resume = False,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Makes a method's synthetic images and stops there: images.safetensors and a grid, images.png."""
+    from zsq_ext import api
+    from zsq_ext.cli import inputs
+    from zsq_ext.core.progress import Progress
+    from zsq_ext.report import pictures
+    from zsq_ext.report.png import encode
+
+    network = inputs.network(
+        model, weights=weights, input_shape=input_shape, mean=mean, std=std, num_classes=num_classes
+    )
+    folder = out or Path("runs") / f"{network.name}-{method}-images-{preset}-seed{seed}"
+    _resumable(ctx, folder)
+    made = api.synthesize(
+        network.model,
+        method,
+        input_spec=network.spec,
+        preset=preset,
+        profile=profile,
+        seed=seed,
+        device=device,
+        out=folder,
+        resume=resume,
+        progress=Progress(quiet=quiet),
+    )
+    pixels = pictures.to_pixels(made.images, network.spec)
+    chosen = pictures.one_of_each(made.labels, 100)
+    (folder / "images.png").write_bytes(encode(pictures.grid(pixels[chosen], columns=10)))
+    if png:
+        (folder / "png").mkdir(exist_ok=True)
+        for n, (label, image) in enumerate(zip(made.labels.tolist(), pixels, strict=True)):
+            (folder / "png" / f"{n:05d}-class{label}.png").write_bytes(encode(image))
+    counts = {"images": len(made.images), "held_out": len(made.held_out)}
+    write_json(json, {"model": network.name, "method": method, "seed": seed, **counts, "out": str(folder)})
+    if not to_stdout(json):
+        typer.echo(f"{len(made.images)} images to tune on, {len(made.held_out)} more held out")
+        typer.echo(f"{folder / 'images.safetensors'}\n{folder / 'images.png'}")
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Test images: textured_shapes, cifar10:DIR, cifar100:DIR, imagenet:DIR.")],
+    weights: Weights = None,
+    quantized: Annotated[Path | None, typer.Option(help="What quantize wrote, model.safetensors.")] = None,
+    test_images: TestImages = None,
+    device: Device = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measures top-1 accuracy: of the float network, and of a quantized one made from it."""
+    import torch
+
+    from zsq_ext import api
+    from zsq_ext.cli import inputs
+    from zsq_ext.core.progress import Progress
+
+    progress, place = Progress(quiet=quiet), inputs.device(device)
+    tested = inputs.data_set(data, progress, test_images)
+    # a quantized file holds all values, so the architecture is enough for it
+    network = inputs.network(model, weights=weights, data=tested, needs_weights=quantized is None)
+    networks: dict[str, torch.nn.Module] = {}
+    if network.trained:
+        networks["float"] = network.model
+    if quantized is not None:
+        networks["quantized"] = api.load(quantized, network.model)
+    found = {}
+    for name, module in networks.items():
+        module = module.to(device=place, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        found[name] = api.evaluate(module, inputs.watched(tested, f"testing {name}", progress))
+    facts = {"model": network.name, "data": tested.name, "test_images": tested.count, "top1": found}
+    write_json(json, facts)
+    if not to_stdout(json):
+        rows = [[f"{network.name}, {name}", f"{top1:.2f}", str(tested.count)] for name, top1 in found.items()]
+        table([tested.name, "top-1 (%)", "images"], rows, numeric=True)
+
+
+def _resumable(ctx: typer.Context, folder: Path) -> None:
+    on_stop(ctx, f"stopped; the same command with --resume goes on from where {folder} stands")
+
+
+def _facts(name: str, result: Result, folder: Path, tested: Any) -> dict[str, Any]:
+    accuracy = None
+    if tested is not None:
+        accuracy = {
+            "data": tested.name,
+            "test_images": tested.count,
+            "teacher": result.teacher_top1,
+            "last": result.top1_last,
+            "best": result.top1_best,
+        }
+    return {
+        "model": name,
+        **{key: result.config.get(key) for key in ("method", "preset", "profile", "seed")},
+        "bits": result.qconfig.label,
+        "top1": accuracy,
+        "quality": result.quality.to_dict(),
+        "seconds": result.seconds,
+        "out": str(folder),
+    }
+
+
+def _show(method: str, result: Result) -> None:
+    quality = result.quality
+    rows: list[tuple[str, float | None, str]] = [
+        ("top-1, teacher (%)", result.teacher_top1, ".2f"),
+        ("top-1, last epoch (%)", result.top1_last, ".2f"),
+        ("top-1, best epoch (%)", result.top1_best, ".2f"),
+        ("agreement with the teacher (%)", quality.agreement, ".2f"),
+        ("KL(teacher || student)", quality.kl, ".4g"),
+        ("seconds", result.seconds, ".0f"),
+    ]
+    shown = [[name, format(value, form)] for name, value, form in rows if value is not None]
+    table([method, result.qconfig.label], shown, numeric=True)

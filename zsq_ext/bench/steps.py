@@ -52,7 +52,7 @@ def _steps(model: torch.nn.Module, device: str) -> dict[str, Callable[[], Any]]:
     model.train()
     model(images)  # running statistics that belong to some data
     config = synq.config("smoke", "repo")
-    module = capture(model, images[:2]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = capture(model, images[:2]).to(memory_format=torch.channels_last)
     qconfig = QConfig(4, 4)
     student = prepare(module, qconfig)
     with torch.no_grad(), calibrating(student):

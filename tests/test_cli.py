@@ -60,6 +60,13 @@ def fails(*arguments):
     return lines[0]
 
 
+def fails_in_its_last_line(*arguments):
+    """As `fails`, for an error that comes after progress was reported."""
+    done = zsq_(*arguments)
+    assert done.exit_code == 2, done.output
+    return done.stderr.strip().splitlines()[-1]
+
+
 @pytest.fixture
 def net(tmp_path):
     """A user's own network, as path.py:function."""
@@ -211,6 +218,28 @@ def test_demo(weights, monkeypatch, tmp_path):
     again = zsq.load(tmp_path / "d" / "resnet20-synq-w4a4.safetensors", tiny)
     top1 = zsq.evaluate(again, accuracy.TestSet(40)())
     assert top1 == next(row["last"] for row in facts["rows"] if (row["method"], row["bits"]) == ("SynQ", "W4A4"))
+
+
+def test_demo_shows_a_control_that_diverges(weights, monkeypatch, tmp_path):
+    tiny = small_nets.CifarResNet(8, 40).eval()
+    monkeypatch.setattr(engine, "teacher", lambda name: tiny)
+    monkeypatch.setattr(engine, "BITS", ((4, 4),))
+    quantize = api.quantize
+
+    def diverging(model, method, **options):
+        if method == failing:
+            raise Diverged("tuning: loss term 'ce' is not finite at step 6.")
+        return quantize(model, method, **options)
+
+    monkeypatch.setattr(api, "quantize", diverging)
+    failing = "noise"
+    done = zsq_("demo", "--test-images", 20, "--out", tmp_path / "d")
+    assert done.exit_code == 0, done.output
+    assert [line.split()[1:2] for line in done.stdout.splitlines() if line.startswith("noise")] == [["diverged"]]
+    assert "not finite at step 6" in done.stderr
+    assert ">diverged<" in (tmp_path / "d" / "report.html").read_text()
+    failing = "synq"
+    assert "not finite at step 6" in fails_in_its_last_line("demo", "--test-images", 20, "--out", tmp_path / "d")
 
 
 def test_demo_without_weights(monkeypatch, tmp_path):

@@ -30,6 +30,9 @@ SHOWN = 80
 ANALYSED = 512
 """Images whose spectra are averaged."""
 
+DIVERGED = "diverged"
+"""What a table says in place of an accuracy."""
+
 _STAGES = {"images": "Making the images", "ranges": "Training the range generator", "tuning": "Fine-tuning"}
 _VARIANT = "_perturbed"
 
@@ -68,16 +71,26 @@ class Accuracy:
     Args:
         method: what was measured, such as ``"teacher"`` or ``"SynQ"``.
         bits: such as ``"W4A4"``, or ``"float"``.
-        last: top-1 in percent after the last epoch (or the only one there is).
+        last: top-1 in percent after the last epoch (or the only one there is); None where tuning diverged.
         best: top-1 of the best epoch; the test data chose it. None where only one epoch was measured.
         seconds: wall time it took to make, if known.
     """
 
     method: str
     bits: str
-    last: float
+    last: float | None
     best: float | None = None
     seconds: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as ``"SynQ W4A4"``."""
+        return f"{self.method} {self.bits}"
+
+    @property
+    def shown(self) -> str:
+        """The last epoch's accuracy as a table says it."""
+        return DIVERGED if self.last is None else f"{self.last:.2f}"
 
 
 def write(
@@ -164,19 +177,21 @@ def write_report(
 
     contents = "".join(f'<a href="#{anchor}">{html.text(heading)}</a>' for anchor, heading, _ in sections)
     subtitle = f"zsq_ext, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    body = [_figures(accuracy, first), f"<nav>{contents}</nav>", *(section for _, _, section in sections)]
+    body = [_figures(accuracy, results), f"<nav>{contents}</nav>", *(section for _, _, section in sections)]
     target = Path(folder) / FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, html.page(title, subtitle, *body).encode())
     return target
 
 
-def _figures(accuracy: Sequence[Accuracy], first: Result) -> Html:
-    """The numbers a reader wants before anything else."""
-    figures = []
-    if accuracy:
-        figures += [(f"{row.last:.2f} %", f"{row.method} {row.bits}, top-1") for row in (accuracy[0], accuracy[-1])]
-        figures = list(dict.fromkeys(figures))
+def _figures(accuracy: Sequence[Accuracy], results: Mapping[str, Result]) -> Html:
+    """The numbers a reader wants before anything else: the teacher, the runs of this page, and the first run's cost."""
+    first = next(iter(results.values()))
+    figures = [
+        (f"{row.last:.2f} %", f"{row.name}, top-1")
+        for row in accuracy
+        if row.last is not None and (row.bits == "float" or row.name in results)
+    ]
     figures.append((f"{first.quality.agreement:.1f} %", f"{first.qconfig.label} agrees with the teacher"))
     figures.append((str(len(first.images)), "synthetic images"))
     figures.append((_duration(first.seconds), f"for {first.qconfig.label}"))
@@ -188,10 +203,12 @@ def _accuracy(rows: Sequence[Accuracy], measured_on: str) -> Html:
     teacher = next((row.last for row in rows if row.bits == "float"), None)
     cells = []
     for row in rows:
-        loss = "" if teacher is None or row.bits == "float" else f"{row.last - teacher:+.2f}"
+        loss = ""
+        if teacher is not None and row.last is not None and row.bits != "float":
+            loss = f"{row.last - teacher:+.2f}"
         best = "" if row.best is None else f"{row.best:.2f}"
         took = "" if row.seconds is None else _duration(row.seconds)
-        cells.append((row.method, row.bits, f"{row.last:.2f}", best, loss, took))
+        cells.append((row.method, row.bits, row.shown, best, loss, took))
     header = ("method", "bits", "top-1, last epoch (%)", "top-1, best epoch (%)", "last against teacher", "time")
     words = "Test data decided nothing in these runs. The best epoch was picked by it: quote the last one."
     where = f"Measured on {measured_on}. " if measured_on else ""

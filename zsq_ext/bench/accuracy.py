@@ -70,8 +70,7 @@ VARIANTS = (
     Variant("min-max", "minmax", "synthetic"),
     Variant("noise", "noise", "noise"),
     Variant("SynQ", "synq", "synthetic"),
-    Variant("no ideas", "synq", "synthetic", without(*SYNQ_IDEAS)),
-    Variant("HAST", "hast", "synthetic"),
+    Variant("SynQ without its ideas", "synq", "synthetic", without(*SYNQ_IDEAS)),
     Variant("real images", "synq", "real", without(*SYNQ_IDEAS)),
 )
 ABLATIONS = (

@@ -19,7 +19,7 @@ from zsq_ext.tune.distill import sum_terms
 Loss = Callable[[Tensor, Tensor], Terms]
 """From a batch (images, labels) to weighted loss terms."""
 
-ADVICE = "Try a lower learning rate (lr), more bits, or longer range calibration."
+ADVICE = "Try a lower learning rate (tune.lr), more bits, or longer range calibration."
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class TuneConfig:
     momentum: float = 0.9
     nesterov: bool = True  # released; the paper does not say
     weight_decay: float = 1e-4
+    clip: float | None = None  # gradient norm; ours, not published: lets a short run take large steps at 3 bits
     crop_scale: tuple[float, float] | None = (0.5, 1.0)  # None: no augmentation
 
 
@@ -105,6 +106,8 @@ def finetune(
         gradients = torch.autograd.grad(sum_terms(terms), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         return terms
 

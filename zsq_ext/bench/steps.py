@@ -6,6 +6,7 @@ matrix products: what fusing the rest could win at most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -83,9 +84,7 @@ def _rows(op: str, net: str, step: Callable[[], Any], device: str) -> list[dict[
             timing.assert_equal(f"{op} on {name}", got, want)  # min-max ranges: every backend rounds alike
         contenders[name] = lambda name=name: step_on(name, step)
     times = timing.compare(contenders, [()], device, seconds=20)
-    with FlopCounterMode(display=False) as counter:
-        step()
-    flops = counter.get_total_flops()
+    flops = count_flops(step)
     found = []
     for name in contenders:
         row = timing.row(
@@ -102,6 +101,40 @@ def step_on(name: str, step: Callable[[], Any]) -> Any:
     """One step with every op on that backend."""
     with backend.backend(name):
         return step()
+
+
+def count_flops(step: Callable[[], Any]) -> int:
+    """Floating-point operations of a step's convolutions and matrix products, forward and backward."""
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    )
+    # its tracker books operations under modules by hooks that autograd.grad does not allow; the total needs none
+    counter.mod_tracker = _OneModule()  # type: ignore[assignment]
+    with counter:
+        step()
+    return counter.get_total_flops()
+
+
+def _convolution_backward_flops(
+    grad_shape: Any, x_shape: Any, weight_shape: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int, wanted: tuple[bool, bool, bool], **shapes: Any,
+) -> int:  # fmt: skip
+    """As many as the forward for each of the two gradients; torch's own count forgets the groups."""
+    positions = x_shape if transposed else grad_shape
+    return 2 * math.prod(positions) * math.prod(weight_shape[1:]) * (wanted[0] + wanted[1])
+
+
+class _OneModule:
+    """Stands in for torch's ModuleTracker: everything belongs to the whole."""
+
+    parents = frozenset({"Global"})
+    is_bw = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 def outside_convolutions(step: Callable[[], Any], device: str) -> float:

@@ -7,77 +7,144 @@ into it (``prepare.py``). Nothing else ever looks at the caller's modules.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from zsq_ext.quant.graph import batch_norms, module_of
+from zsq_ext.quant.graph import CONVOLUTIONS, LINEARS, attribute, batch_norms, module_of
+
+aten = torch.ops.aten
 
 # what a model or the tracer can raise for reasons that lie in the model
 _MODEL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
+_DROPOUTS = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
 
-def capture(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
+
+def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """Captures ``model`` in eval mode as a functional graph over torch's ATen operators.
 
     The graph has a dynamic batch, keeps the model's parameter and buffer names, and has no in-place operator, no
     dropout and no training-mode switch left, so ``train()`` and ``eval()`` on it are harmless. It owns copies: the
-    caller's model is not touched.
+    caller's model is not touched. Its forward hooks run once, on a copy; a hook that only looks is left out of the
+    graph, one that changes the output is part of it.
 
     Args:
         model: a network with one image batch in and one tensor (N, num_classes) out.
-        example: an input batch (N >= 2, C, H, W) on the model's device; its values do not matter.
+        example: an input batch (N >= 2, C, H, W), floating point, on the device to work on; its values do not matter.
 
     Returns:
         A ``torch.fx.GraphModule``; ``module_of(node)`` names the module of the caller's model behind a node.
 
     Raises:
-        ValueError: the model rejects the example, or does not return one (N, K) tensor.
-        NotImplementedError: the model cannot be one graph (control flow that depends on the data, a fixed batch size)
-            or has batch norms that the graph never runs or that have no running statistics.
+        TypeError: the model is not a module, or the example not a floating-point tensor.
+        ValueError: the model has no parameters, cannot be copied, rejects the example, or does not return one (N, K)
+            tensor.
+        NotImplementedError: the model cannot be one graph (control flow that depends on the data, a fixed batch size,
+            a tensor changed behind a view), computes a layer's weight while it runs, or has batch norms that it never
+            runs or that keep no running statistics. The message names the module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"capture: model must be a torch.nn.Module, got {type(model).__name__}")
-    # a hook is Python that may do anything and a graph is not: copies of hooks do not survive tracing either way
-    own = copy.deepcopy(model).eval().requires_grad_(False)
+    own = _own(model, example)
     with torch.no_grad(), _where_it_failed(own) as where:
         try:
-            expected = own(example)
+            expected = own(example.clone())  # a clone, because a model may change its input in place
         except _MODEL_ERRORS as error:
             shape = tuple(example.shape)
             raise ValueError(
                 f"capture: the model rejects an input of shape {shape} in {where()}: {_first_line(error)}"
             ) from error
         _check_output(expected, example)
+        own = _without_looking_hooks(own, example, expected)
         try:
-            program = export(own, (example,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+            # a named dimension, because Dim.DYNAMIC lets a branch on the batch size narrow the sizes it holds for
+            program = export(own, (example.clone(),), dynamic_shapes=({0: Dim("batch")},), strict=False)
         except _MODEL_ERRORS as error:
-            raise NotImplementedError(
-                f"capture: {where()} cannot be captured as one graph with a dynamic batch; control flow must not "
-                f"depend on values and the batch size must stay free: {_first_line(error)}"
-            ) from error
+            raise NotImplementedError(_why_not(error, where())) from error
     module = _functional(program.module(check_guards=False))
+    _check_weights(module)
     _check_batch_norms(own, module)
-    with torch.no_grad():
-        got = module(example)
-    # not bitwise: a graph may pick another convolution algorithm than the eager model did
-    if not torch.allclose(got, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise NotImplementedError("capture: the captured graph does not compute what the model computes")
+    _check_values(own, module, example)
     return module
 
 
-def _check_output(output: object, example: torch.Tensor) -> None:
-    if not isinstance(output, torch.Tensor):
+def _own(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of the model to trace: in eval mode, without gradients, on the example's device."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"capture: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NotImplementedError(
+            "capture: a TorchScript module cannot be captured; pass the torch.nn.Module it came from"
+        )
+    if not isinstance(example, Tensor) or not example.is_floating_point():
+        got = example.dtype if isinstance(example, Tensor) else type(example).__name__
+        raise TypeError(f"capture: example must be a floating-point tensor, got {got}")
+    if example.ndim < 2 or example.shape[0] < 2:
+        raise ValueError(f"capture: example must be a batch of two or more, got shape {tuple(example.shape)}")
+    if next(model.parameters(), None) is None:
+        raise ValueError("capture: model must have parameters to quantize, got none")
+    for wrapper in ("_orig_mod", "module"):  # torch.compile; DataParallel and DistributedDataParallel
+        inner = model._modules.get(wrapper)
+        if inner is not None and (wrapper == "_orig_mod" or isinstance(model, _PARALLEL)):
+            model = inner
+    try:
+        own = copy.deepcopy(model)
+    except _MODEL_ERRORS as error:
+        raise ValueError(f"capture: the model cannot be copied: {_first_line(error)}") from error
+    return own.to(example.device).eval().requires_grad_(False)
+
+
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def _without_looking_hooks(own: nn.Module, example: Tensor, expected: Tensor) -> nn.Module:
+    """Removes all forward hooks if the output does not depend on them.
+
+    A hook that records would otherwise be handed the tracer's tensors, and one that prints a value would end the trace.
+    """
+    hooks = [d for layer in own.modules() for d in (layer._forward_hooks, layer._forward_pre_hooks) if d]
+    if not hooks:
+        return own
+    kept = [dict(d) for d in hooks]
+    for d in hooks:
+        d.clear()
+    try:
+        same = torch.equal(own(example.clone()), expected)
+    except _MODEL_ERRORS:
+        same = False
+    if not same:
+        for d, entries in zip(hooks, kept, strict=True):
+            d.update(entries)
+    return own
+
+
+def _check_output(output: object, example: Tensor) -> None:
+    if not isinstance(output, Tensor):
         raise ValueError(f"capture: the model must return one tensor of logits, got {type(output).__name__}")
     if output.ndim != 2 or output.shape[0] != example.shape[0]:
         raise ValueError(
             f"capture: the model must return logits of shape ({example.shape[0]}, num_classes), "
             f"got {tuple(output.shape)}"
         )
+
+
+def _check_weights(module: fx.GraphModule) -> None:
+    """A layer whose weight is computed would stay float without a word; one that depends on the image always will."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in CONVOLUTIONS | LINEARS and node.args[1].op != "get_attr":
+            raise NotImplementedError(
+                f"capture: {_module(node)} computes the weight of its {_name(node)} while it runs; bake it into a "
+                "parameter first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm)"
+            )
 
 
 def _check_batch_norms(model: nn.Module, module: fx.GraphModule) -> None:
@@ -89,15 +156,35 @@ def _check_batch_norms(model: nn.Module, module: fx.GraphModule) -> None:
                 f"capture: batch norm '{tap.name}' normalises by batch statistics (track_running_stats=False), "
                 "so the network stores nothing to match"
             )
-    run = {tap.name for tap in taps}
+    run = {id(attribute(module, tap.mean)) for tap in taps if tap.mean is not None}
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and name not in run:
-            # a batch norm applied twice appears under its own name; one that never runs appears nowhere
+        # by its buffer: a batch norm that stands under two names runs under one of them
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and id(layer.running_mean) not in run:
             raise NotImplementedError(f"capture: batch norm '{name}' is never run by the model's forward")
 
 
+def _check_values(model: nn.Module, module: fx.GraphModule, example: Tensor) -> None:
+    """The graph computes what the model computes, at another batch size too."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(3, *example.shape[1:], generator=generator).to(example)
+    try:
+        with torch.no_grad():
+            expected, got = model(probe.clone()), module(probe.clone())
+    except _MODEL_ERRORS as error:
+        raise NotImplementedError(
+            f"capture: the captured graph does not run at batch size 3: {_first_line(error)}"
+        ) from error
+    # not bitwise: a GPU may choose another convolution algorithm; half of the digits must agree
+    level = expected.nan_to_num(0, 0, 0).abs().amax() * torch.finfo(expected.dtype).eps ** 0.5
+    if got.dtype != expected.dtype or not torch.allclose(got, expected, rtol=0, atol=level.item(), equal_nan=True):
+        raise NotImplementedError(
+            "capture: the captured graph does not compute what the model computes; a model that draws random numbers "
+            "in eval mode, or remembers earlier calls, cannot be captured"
+        )
+
+
 @contextmanager
-def _where_it_failed(model: nn.Module) -> Iterator:
+def _where_it_failed(model: nn.Module) -> Iterator[Callable[[], str]]:
     """Tracks the module being run; yields a function that says which one it was."""
     names = {id(layer): name for name, layer in model.named_modules()}
     running: list[str] = []
@@ -118,74 +205,127 @@ def _where_it_failed(model: nn.Module) -> Iterator:
             handle.remove()
 
 
+def _why_not(error: BaseException, where: str) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    if any(line.startswith("Constraints violated") for line in lines):
+        rule = next((line.removeprefix("- ").rstrip(".") for line in lines if line.startswith("- ")), lines[0])
+        return (
+            "capture: the model must work alike at every batch size; a shape in its forward is written as a number "
+            f"(use x.size(0) or -1 there), or a branch asks for the batch size: {rule[:300]}"
+        )
+    return (
+        f"capture: {where} cannot be captured as one graph; control flow must not depend on values: "
+        f"{_first_line(error)}"
+    )
+
+
 def _functional(program: fx.GraphModule) -> fx.GraphModule:
     """Replaces in-place operators by their functional twins, drops no-ops, and returns the bare output."""
     graph = program.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if _mutates(node):
-            _make_functional(node, order)
-        if node.target in (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+        if node.op == "call_function":
+            _check_operator(node)
+            if node.target in _DROPOUTS:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+    _remove_mutation(graph)
+    for node in graph.nodes:
+        if node.target is aten.view.default:  # which only some strides admit, and not channels_last
+            node.target = aten.reshape.default
     output = graph.output_node()
     (value,) = output.args[0]
     output.args = (value,)
     graph.set_codegen(fx.graph.CodeGen())  # plain forward(x) -> tensor instead of export's pytrees
-    for node in list(graph.nodes):
-        if node.op == "call_module" or (node.op == "get_attr" and not node.users):
-            graph.erase_node(node)  # guards and counters
+    for node in reversed(list(graph.nodes)):
+        # guards, counters, and assertions on dtype and device that a later .to() would break
+        idle = node.op in ("call_module", "get_attr") or _name(node).startswith(("_assert", "sym_constrain"))
+        if idle and not node.users:
+            graph.erase_node(node)
     graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
     module = fx.GraphModule(program, graph, class_name="Captured")
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return module.eval()
 
 
+def _check_operator(node: fx.Node) -> None:
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        raise NotImplementedError(
+            f"capture: {_module(node)} runs a part of itself under {_name(node)} (an autocast or enable_grad region, "
+            "or a branch that depends on values), which a plain graph cannot hold"
+        )
+    if node.target in _DROPOUTS and node.args[2]:
+        raise NotImplementedError(f"capture: {_module(node)} applies dropout in eval mode, so its output is random")
+
+
+def _remove_mutation(graph: fx.Graph) -> None:
+    """Gives every in-place operator its functional twin.
+
+    The tracer hands whoever reads the tensor later the operator's result, so the twin's value reaches them. It does not
+    see that views of the tensor changed too: where one is read later, the change is refused.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    memory: dict[fx.Node, fx.Node] = {}  # node -> the node that allocated what it looks at
+    for node in graph.nodes:
+        source = _looks_into(node)
+        memory[node] = memory[source] if source is not None else node
+
+    for node in list(graph.nodes):
+        if not _mutates(node):
+            continue
+        changed = node.args[0] if node.args else None
+        twin = _twin(node.target)
+        if twin is None or not isinstance(changed, fx.Node):
+            raise NotImplementedError(
+                f"capture: {_module(node)} changes a tensor by {_name(node)}, which has no functional twin"
+            )
+        names = [n for n in order if memory[n] is memory[changed] and order[n] < order[node]]
+        if any(_reads(user) and order[user] > order[node] for name in names for user in name.users):
+            raise NotImplementedError(
+                f"capture: {_module(node)} changes a tensor in place by {_name(node)} and reads it later through "
+                "another view; write it without the in-place operator"
+            )
+        node.target = twin
+
+
 def _mutates(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
-def _make_functional(node: fx.Node, order: dict[fx.Node, int]) -> None:
-    target = node.target
-    packet, name = target.overloadpacket, target._schema.name.split("::")[1]
-    twin = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    changed = node.args[0] if node.args else None
-    if not name.endswith("_") or twin is None or packet is twin or not isinstance(changed, fx.Node):
-        raise NotImplementedError(f"capture: {_describe(node)} changes a tensor in place in a way that has no twin")
-    # a view of the changed tensor that is read later would see the change in the model but not in the graph
-    base = changed
-    while _is_view(base) and isinstance(base.args[0], fx.Node):
-        base = base.args[0]
-        late = [u for u in base.users if order.get(u, 0) > order[node]]
-        if late:
-            raise NotImplementedError(f"capture: {_describe(node)} changes a view of a tensor that is read afterwards")
-    for view in changed.users:
-        if _is_view(view) and any(order.get(u, 0) > order[node] for u in view.users):
-            raise NotImplementedError(
-                f"capture: {_describe(node)} changes a tensor behind a view that is read afterwards"
-            )
-    node.target = getattr(twin, target._overloadname)
-    for user in list(changed.users):
-        if user is not node and order.get(user, 0) > order[node]:
-            user.replace_input_with(changed, node)
+def _twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    name = target._schema.name.split("::")[1]
+    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    return getattr(packet, target._overloadname, None)
 
 
-def _is_view(node: fx.Node) -> bool:
+def _looks_into(node: fx.Node) -> fx.Node | None:
+    """The node whose memory this one may share: what a view shows, a list holds, or an in-place operator changed."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.target is operator.getitem:
+        return node.args[0]
     schema = getattr(node.target, "_schema", None)
-    return (
-        node.op == "call_function"
-        and schema is not None
-        and not schema.is_mutable
-        and any(r.alias_info is not None for r in schema.returns)
-    )
+    shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    return node.args[0] if shares else None
 
 
-def _describe(node: fx.Node) -> str:
-    return f"operator {node.target} in module '{module_of(node)}'"
+def _reads(node: fx.Node) -> bool:
+    """True unless it asks for a size only."""
+    return node.target is not aten.sym_size.int
+
+
+def _module(node: fx.Node) -> str:
+    name = module_of(node)
+    return f"module '{name}'" if name else "the model"
+
+
+def _name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.split("::")[1] if schema is not None else str(node.target)
 
 
 def _first_line(error: BaseException) -> str:

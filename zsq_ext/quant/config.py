@@ -50,6 +50,8 @@ class QConfig:
             _check_bits("a_bits", self.a_bits)
         if self.edge_bits is not None:
             _check_bits("edge_bits", self.edge_bits)
+        if not isinstance(self.sites, Mapping):
+            raise ValueError(f"QConfig: sites must map names to bits, got {self.sites!r}")
         for name, bits in self.sites.items():
             _check_bits(f"sites[{name!r}]", bits)
         for name, allowed in (
@@ -59,7 +61,7 @@ class QConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"QConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if not 0 <= self.beta < 1:
+        if not isinstance(self.beta, (int, float)) or not 0 <= self.beta < 1:
             raise ValueError(f"QConfig: beta must be in [0, 1), got {self.beta!r}")
         object.__setattr__(self, "sites", dict(self.sites))
 

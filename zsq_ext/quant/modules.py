@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ class ActivationQuantizer(nn.Module):
     """Per-tensor asymmetric fake-quantization of an activation, straight-through everywhere.
 
     While ``calibrating(model)`` holds, every forward moves the range; otherwise the range stands still. The range is
-    kept in buffers, so it is saved, copied and moved with the model. Zero is always a code: padding stays exact.
+    kept in buffers, so it is saved, copied and moved with the model. Zero is always a code: padding stays exact. A
+    batch with NaN makes the range NaN, and with it every later output: no valid code hides it.
 
     Args:
         name: the site's name.
@@ -70,6 +72,10 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("hi", torch.zeros(1))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy belongs to no calibrating(), so nothing would ever switch it off
+        return {**self.__dict__, "observing": False}
+
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Moves the range by one batch; no host synchronisation."""
@@ -77,7 +83,7 @@ class ActivationQuantizer(nn.Module):
             lo, hi = lp_search(x, self.bits, signed=False, include_zero=True)
         else:
             lo, hi = min_max(x)
-        lo, hi = lo.float(), hi.float()
+        lo, hi = lo.to(self.lo.dtype), hi.to(self.hi.dtype)
         if self.range_kind == "minmax":
             new = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi), self.batches + 1
         elif self.range_kind == "legacy_ema":
@@ -103,14 +109,20 @@ class ActivationQuantizer(nn.Module):
         self.hi.fill_(hi * weight)
         self.batches.fill_(1)
 
-    def params(self) -> tuple[Tensor, Tensor, int, int]:
-        """(scale, zero_point, qmin, qmax): fp32 (1,), int32 (1,) and two ints; unsigned codes."""
-        return affine_params(*self.range(), self.bits, signed=False, include_zero=True)
+    def params(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, int, int]:
+        """(scale, zero_point, qmin, qmax): (1,) in fp32 or, for double x, fp64; int32 (1,); two ints; unsigned codes.
+
+        Args:
+            dtype: of the tensor to quantize.
+        """
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        lo, hi = (end.to(wide) for end in self.range())
+        return affine_params(lo, hi, self.bits, signed=False, include_zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:
             self.observe(x)
-        return fake_quant(x, *self.params(), grad="ste")
+        return fake_quant(x, *self.params(x.dtype), grad="ste")
 
     def extra_repr(self) -> str:
         return f"{self.name}, bits={self.bits}, range={self.range_kind}"
@@ -123,15 +135,16 @@ def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """While it holds, every forward of ``model`` moves the activation ranges."""
+    """While it holds, every forward of ``model`` moves the activation ranges; it can be nested."""
     quantizers = activation_quantizers(model)
+    before = [quantizer.observing for quantizer in quantizers]
     for quantizer in quantizers:
         quantizer.observing = True
     try:
         yield
     finally:
-        for quantizer in quantizers:
-            quantizer.observing = False
+        for quantizer, observing in zip(quantizers, before, strict=True):
+            quantizer.observing = observing
 
 
 def weight_range(weight: Tensor, axis: int, bits: int, kind: str) -> tuple[Tensor, Tensor] | None:

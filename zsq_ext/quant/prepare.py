@@ -10,6 +10,9 @@ from torch import fx
 
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.graph import (
+    LAYERS,
+    Activation,
+    Weight,
     activations_after_relu,
     activations_all_layers,
     attribute,
@@ -49,16 +52,17 @@ def plan(module: fx.GraphModule, config: QConfig) -> list[Site]:
         activations = rule(module)
         if not activations:
             raise ValueError(f"plan: the network has no activation to quantize under placement {config.placement!r}")
-        inner = [a for a in activations if a.role == "activation"]
+        read = _read_by(module, found[-1], activations)
         for site in activations:
-            edge = site.role != "activation" or site is inner[-1]  # what the last layer reads is its edge too
+            edge = site.role != "activation" or site.node in read
             bits = config.edge_bits if edge and config.edge_bits is not None else config.a_bits
             sites.append(Site(site.name, "activation", site.node, config.sites.get(site.name, bits), None))
     names = {site.name for site in sites}
     for name in config.sites:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 3)
-            raise ValueError(f"plan: sites must name sites of the network, got {name!r}; close to it: {near}")
+            near = difflib.get_close_matches(name, sorted(names), 3)
+            hint = f"; close to it: {', '.join(near)}" if near else ""
+            raise ValueError(f"plan: sites must name sites of the network, got {name!r}{hint}")
     return sites
 
 
@@ -96,6 +100,19 @@ def prepare(module: fx.GraphModule, config: QConfig) -> fx.GraphModule:
     for parameter in student.parameters():
         parameter.requires_grad_(True)
     return student
+
+
+def _read_by(module: fx.GraphModule, weight: Weight, activations: list[Activation]) -> set[str]:
+    """The nodes of the activations whose values reach the layer of that weight with no other layer between."""
+    nodes = {site.node for site in activations}
+    todo, found = [find(module, weight.users[-1]).args[0]], set()
+    while todo:
+        node = todo.pop()
+        if node.name in nodes:
+            found.add(node.name)
+        elif node.target not in LAYERS:
+            todo += node.all_input_nodes
+    return found
 
 
 def _insert_behind(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,17 @@ from torch import Tensor, fx, nn
 
 from zsq_ext import methods, report
 from zsq_ext.core.progress import Progress
+from zsq_ext.core.rng import stream
 from zsq_ext.core.run import Run, fingerprint, load_tensors, save_tensors
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.qat import Images, Job, QatConfig, hold_out, synthesise
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
-from zsq_ext.quant.prepare import prepare
+from zsq_ext.quant.prepare import plan, prepare
 from zsq_ext.quant.quality import Quality, measure
+from zsq_ext.synth.generator import Generator
+from zsq_ext.synth.teacher import Teacher
+from zsq_ext.tune.distill import Distiller
 from zsq_ext.tune.ideas import Idea, merge, to_dict
 
 FORMAT = "zsq_ext.quantized"
@@ -153,30 +160,24 @@ def quantize(
         >>> result = zsq.quantize(model, "synq", w_bits=4, a_bits=4, input_shape=(3, 32, 32), preset="smoke")
         >>> result.save("w4a4.safetensors")
     """
-    chosen = methods.get(method)
-    qconfig = QConfig(
-        w_bits,
-        a_bits,
-        placement=placement or chosen.placement,
-        edge_bits=edge_bits if edge_bits is not None else chosen.edge_bits,
-        sites=sites or {},
-    )
-    settings = _settings(chosen, preset, profile, tune, ideas, config)
     begin = time.perf_counter()
-    teacher, spec = _enter(model, input_shape, input_spec, num_classes, device)
-    job = _job(
-        teacher,
-        spec,
-        qconfig,
-        settings,
-        method,
-        seed,
-        out,
-        resume,
-        progress or Progress(),
-        given=_given(images, labels, teacher, spec),
-        evaluate=_evaluator(test),
-    )
+    with _speaking_as("quantize"):
+        chosen = methods.get(method)
+        qconfig = QConfig(
+            w_bits,
+            a_bits,
+            placement=placement or chosen.placement,
+            edge_bits=edge_bits if edge_bits is not None else chosen.edge_bits,
+            sites=sites or {},
+        )
+        settings = _settings(chosen, preset, profile, tune, ideas, config)
+        teacher, spec = _enter(model, input_shape, input_spec, num_classes, device)
+        given = _given(images, labels, teacher, spec, seed)
+        _check_early(teacher, spec, qconfig, settings, given)
+        names = _names(chosen, method, preset, profile, config)
+        job = _job(
+            teacher, spec, qconfig, settings, names, seed, out, resume, progress or Progress(), given, _evaluator(test)
+        )
     outcome = chosen.run(job, settings)
     evaluations = outcome.evaluations
     if test is not None and not evaluations:
@@ -220,11 +221,15 @@ def synthesize(
     Returns:
         The images and labels, the part for tuning and the part held out.
     """
-    chosen = methods.get(method)
-    settings = _settings(chosen, preset, profile, None, (), config)
-    teacher, spec = _enter(model, input_shape, input_spec, num_classes, device)
-    # images do not depend on the bits; any configuration stands for all
-    job = _job(teacher, spec, QConfig(8, 8), settings, method, seed, out, resume, progress or Progress())
+    with _speaking_as("synthesize"):
+        chosen = methods.get(method)
+        settings = _settings(chosen, preset, profile, None, (), config)
+        teacher, spec = _enter(model, input_shape, input_spec, num_classes, device)
+        if settings.source != "noise":
+            Teacher(teacher)  # refuses a network that images cannot be made from
+        names = _names(chosen, method, preset, profile, config)
+        # images do not depend on the bits; any configuration stands for all
+        job = _job(teacher, spec, QConfig(8, 8), settings, names, seed, out, resume, progress or Progress())
     made = synthesise(job, settings)
     job.run.save("images", {"images": made.images, "labels": made.labels}, {"spec": spec.to_dict()})
     return made
@@ -269,22 +274,36 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     if info.get("format") != FORMAT:
         raise ValueError(f"load: {path} must be a quantized model of zsq_ext, got format {info.get('format')!r}")
     if info.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"load: {path} has format version {info.get('format_version')}, this release reads 1")
+        raise ValueError(f"load: {path} must have format version {FORMAT_VERSION}, got {info.get('format_version')!r}")
     try:
         spec, qconfig = InputSpec.from_dict(info["spec"]), QConfig.from_dict(info["qconfig"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"load: {path} has an incomplete header: {error}") from error
-    student = prepare(capture(model, _example(model, spec.shape, None)), qconfig)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"load: {path} must have a complete header, but: {error}") from error
+    with _speaking_as("load"):
+        student = prepare(capture(model, _example(model, spec.shape)), qconfig)
     own = student.state_dict()
     for name in sorted({*own, *tensors}):
-        there, here = tensors.get(name), own.get(name)
-        if there is None or here is None or there.shape != here.shape:
-            shapes = [None if t is None else tuple(t.shape) for t in (there, here)]
-            raise ValueError(
-                f"load: model must be the saved architecture; '{name}' is {shapes[0]} there, {shapes[1]} here"
-            )
+        there, here = (
+            None if t is None else f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+            for t in (tensors.get(name), own.get(name))
+        )
+        if there != here:
+            raise ValueError(f"load: model must be the saved architecture; '{name}' is {there} there, {here} here")
     student.load_state_dict(tensors)
     return student.to(memory_format=torch.channels_last).eval()
+
+
+@contextmanager
+def _speaking_as(function: str) -> Iterator[None]:
+    """Bad input is reported in the name of the function that was called, whichever floor noticed it."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        said = re.match(r"\w+: (.*)", str(error), re.DOTALL)
+        if said is None:
+            raise
+        kinds = (NotImplementedError, TypeError, ValueError)
+        raise next(kind for kind in kinds if isinstance(error, kind))(f"{function}: {said[1]}") from error
 
 
 def _settings(
@@ -303,6 +322,10 @@ def _settings(
     if tune is not None and tune not in TUNES:
         raise ValueError(f"quantize: tune must be one of {', '.join(TUNES)}, got {tune!r}")
     settings = config or chosen.config(preset, profile)
+    if not isinstance(settings, QatConfig):
+        raise TypeError(f"quantize: config must be a QatConfig, got {type(settings).__name__}")
+    if isinstance(ideas, Idea):
+        ideas = (ideas,)
     if ideas:
         distill = replace(settings.distill, ideas=merge(settings.distill.ideas, tuple(ideas)))
         settings = replace(settings, distill=distill)
@@ -318,60 +341,129 @@ def _enter(
     num_classes: int | None,
     device: torch.device | str | None,
 ) -> tuple[fx.GraphModule, InputSpec]:
-    """Checks the model and its input, and captures it."""
+    """Checks the model and its input, and captures it on the device to work on."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize: model must be a torch.nn.Module, got {type(model).__name__}")
-    if (input_shape is None) == (input_spec is None):
-        raise ValueError("quantize: exactly one of input_shape and input_spec must be given")
-    spec = input_spec or InputSpec(tuple(input_shape))  # type: ignore[arg-type]
+    spec = _spec(input_shape, input_spec)
     wanted = num_classes if num_classes is not None else spec.num_classes
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise TypeError(f"quantize: model must have float32 weights, got {tensor.dtype} in '{name}'")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"quantize: model weights must be finite, but '{name}' holds NaN or infinity")
-    example = _example(model, spec.shape, device)
+            raise ValueError(f"quantize: model must have finite weights, got NaN or infinity in '{name}'")
+    if device is not None:
+        model = _on(model, device)
+    example = _example(model, spec.shape)
     teacher = capture(model, example)
     classes = int(teacher(example).shape[1])
     if wanted is not None and wanted != classes:
-        raise ValueError(f"quantize: num_classes must equal the model's {classes} outputs, got {wanted}")
+        raise ValueError(f"quantize: num_classes must be the model's {classes} outputs, got {wanted}")
     teacher = teacher.to(device=example.device, memory_format=torch.channels_last)
     return teacher, replace(spec, num_classes=classes)
 
 
-def _example(model: nn.Module, shape: tuple[int, int, int], device: torch.device | str | None) -> Tensor:
-    """An input batch on the device to work on; two images, because a batch of one would be taken for a constant."""
-    parameter = next(iter(model.parameters()), None)
+def _spec(input_shape: Sequence[int] | None, input_spec: InputSpec | None) -> InputSpec:
+    if input_spec is not None:
+        if input_shape is not None:
+            raise ValueError("quantize: input_shape must be left out where input_spec is given, got both")
+        if not isinstance(input_spec, InputSpec):
+            raise TypeError(f"quantize: input_spec must be an InputSpec, got {type(input_spec).__name__}")
+        return input_spec
+    try:
+        return InputSpec(tuple(input_shape or ()))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"quantize: input_shape must be three positive integers (C, H, W), got {input_shape!r}"
+        ) from error
+
+
+def _on(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """The model itself, or a copy if it lives elsewhere."""
+    try:
+        example = torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"quantize: device must be one that torch can use here, got {device!r}: {reason}") from error
+    parameter = next(model.parameters(), None)
+    return model if parameter is None or parameter.device == example.device else copy.deepcopy(model).to(device)
+
+
+def _example(model: nn.Module, shape: tuple[int, int, int]) -> Tensor:
+    """An input batch on the model's device; two images, because a batch of one would be taken for a constant."""
+    parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("quantize: model must have parameters to quantize, got none")
-    return torch.zeros(2, *shape, device=parameter.device if device is None else device)
+    return torch.zeros(2, *shape, device=parameter.device)
 
 
 def _given(
-    images: Tensor | Images | None, labels: Tensor | None, teacher: fx.GraphModule, spec: InputSpec
+    images: Tensor | Images | None, labels: Tensor | None, teacher: fx.GraphModule, spec: InputSpec, seed: int
 ) -> Images | None:
+    """The user's images, checked, on the teacher's device."""
     if images is None:
         if labels is not None:
-            raise ValueError("quantize: labels need images, got labels alone")
+            raise ValueError("quantize: labels must come with images, got labels alone")
         return None
     device = next(teacher.parameters()).device
     if isinstance(images, Images):
+        if labels is not None:
+            raise ValueError("quantize: labels must be left out where images bring their own, got both")
+        _check_images(images.images, images.labels, spec)
+        if len(images.held_out):
+            _check_images(images.held_out, images.held_out_labels, spec)
         return images.to(device)
-    if images.ndim != 4 or tuple(images.shape[1:]) != spec.shape or len(images) == 0:
-        raise ValueError(
-            f"quantize: images must have shape (N, {', '.join(map(str, spec.shape))}), got {tuple(images.shape)}"
-        )
-    images = images.detach().float().to(device)
+    _check_images(images, labels, spec)
+    images = images.detach().to(device)
     if labels is None:
         with torch.no_grad():
             labels = torch.cat([teacher(chunk).argmax(1) for chunk in images.split(256)])
-    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"quantize: labels must be int64 of shape ({len(images)},), got {labels.dtype} {tuple(labels.shape)}"
-        )
-    if int(labels.min()) < 0 or int(labels.max()) >= int(spec.num_classes or 0):
-        raise ValueError(
-            f"quantize: labels must be in [0, {spec.num_classes}), got {int(labels.min())}..{int(labels.max())}"
-        )
-    return hold_out(images, labels.to(device), min(256, len(images) // 8))
+    # at random, because data sets often come sorted by label
+    order = torch.randperm(len(images), generator=stream(seed, "held out")).to(device)
+    return hold_out(images[order], labels.to(device)[order], min(256, len(images) // 8))
+
+
+def _check_images(images: Tensor, labels: Tensor | None, spec: InputSpec) -> None:
+    if not isinstance(images, Tensor) or images.dtype != torch.float32:
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"quantize: images must be a float32 tensor in the network's normalised space, got {got}")
+    if images.ndim != 4 or tuple(images.shape[1:]) != spec.shape or len(images) == 0:
+        shape = ", ".join(map(str, spec.shape))
+        raise ValueError(f"quantize: images must have shape (N, {shape}) with N >= 1, got {tuple(images.shape)}")
+    if not bool(images.isfinite().all()):
+        raise ValueError("quantize: images must be finite, got NaN or infinity")
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"quantize: labels must be an int64 tensor, got {got}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"quantize: labels must have shape ({len(images)},), got {tuple(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= int(spec.num_classes or 0):
+        raise ValueError(f"quantize: labels must be in [0, {spec.num_classes}), got {low} to {high}")
+
+
+def _check_early(
+    teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, settings: QatConfig, given: Images | None
+) -> None:
+    """What would otherwise be noticed only after the images were made."""
+    plan(teacher, qconfig)
+    if given is None:
+        if settings.source != "noise":
+            Teacher(teacher)  # refuses a network that images cannot be made from
+        if settings.ranges == "generator" and qconfig.a_bits is not None:
+            Generator.check(spec.shape)
+    if settings.tune.epochs > 0:
+        Distiller(teacher, teacher, settings.distill)
+
+
+def _names(
+    chosen: methods.Method, method: str, preset: str, profile: str | None, config: QatConfig | None
+) -> dict[str, str | None]:
+    """What the run calls itself; a configuration made by hand is no preset and no profile."""
+    if config is not None:
+        return {"method": method, "preset": None, "profile": None}
+    return {"method": method, "preset": preset, "profile": profile or chosen.profiles[0]}
 
 
 def _job(
@@ -379,7 +471,7 @@ def _job(
     spec: InputSpec,
     qconfig: QConfig,
     settings: QatConfig,
-    method: str,
+    names: Mapping[str, str | None],
     seed: int,
     out: str | os.PathLike[str] | None,
     resume: bool,
@@ -388,19 +480,25 @@ def _job(
     evaluate: Callable[[fx.GraphModule], float] | None = None,
 ) -> Job:
     """The job, with a run folder that belongs to exactly this configuration."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"quantize: seed must be an integer, got {seed!r}")
     hyperparameters = dataclasses.asdict(settings)
     hyperparameters["distill"]["ideas"] = [to_dict(idea) for idea in settings.distill.ideas]
     decided_by = {
-        "method": method,
+        **names,
         "hyperparameters": hyperparameters,
         "qconfig": qconfig.to_dict(),
         "spec": spec.to_dict(),
         "seed": seed,
         "model": fingerprint(teacher.state_dict()),
-        "images": None if given is None else fingerprint({"images": given.images, "labels": given.labels}),
+        "images": None if given is None else _fingerprint_of(given),
     }
     run = Run(out, decided_by, resume=resume)
     return Job(run, teacher, spec, qconfig, seed, progress, evaluate, given)
+
+
+def _fingerprint_of(given: Images) -> str:
+    return fingerprint({"images": given.images, "labels": given.labels, "held_out": given.held_out})
 
 
 def _evaluator(test: Batches | None) -> Callable[[fx.GraphModule], float] | None:

@@ -200,7 +200,7 @@ def calibrate(job: Job, config: QatConfig, student: fx.GraphModule, images: Tens
     if not activation_quantizers(student):
         return []
     with calibrating(student):
-        if config.ranges == "generator":
+        if config.ranges == "generator" and job.given is None:  # given images are better than a generator's
 
             def observe(batch: Tensor) -> None:
                 with torch.no_grad():
@@ -232,7 +232,9 @@ def _observe_images(job: Job, config: QatConfig, student: fx.GraphModule, images
                 len(images), (min(config.range_batch, len(images)),), generator=stream(job.seed, "ranges", n)
             )
             batch = images[draw.to(job.device)]
-            student(batch if filter_images is None else filter_images(batch))
+            if filter_images is not None:
+                batch = filter_images(batch)
+            student(batch.contiguous(memory_format=torch.channels_last))
             stage.advance()
 
 

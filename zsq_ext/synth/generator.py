@@ -15,7 +15,7 @@ from zsq_ext.core.steps import State, Terms, run_steps
 from zsq_ext.synth.objectives import bn_statistics_loss, cross_entropy
 from zsq_ext.synth.teacher import Teacher
 
-ADVICE = "Try a lower generator learning rate (lr_generator), or calibrate on the images themselves (ranges='images')."
+ADVICE = "Try a lower learning rate (generator.lr), or calibrate on the images themselves (ranges='images')."
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,8 @@ class Generator(nn.Module):
 
     def __init__(self, num_classes: int, shape: tuple[int, int, int], latent: int = 100) -> None:
         super().__init__()
+        self.check(shape)
         channels, height, width = shape
-        if height % 4 or width % 4:
-            raise ValueError(f"Generator: shape must have height and width divisible by 4, got {shape}")
         self.small = (128, height // 4, width // 4)
         self.embedding = nn.Embedding(num_classes, latent)
         self.project = nn.Linear(latent, self.small[0] * self.small[1] * self.small[2])
@@ -67,6 +66,15 @@ class Generator(nn.Module):
             nn.Tanh(),
             nn.BatchNorm2d(channels, affine=False),
         )
+
+    @staticmethod
+    def check(shape: tuple[int, int, int]) -> None:
+        """Refuses a shape that the generator cannot make."""
+        if shape[1] % 4 or shape[2] % 4:
+            raise ValueError(
+                "Generator: input_shape must have height and width divisible by 4 where ranges come from a generator, "
+                f"got {shape}; ranges='images' takes any"
+            )
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         hidden = self.project(self.embedding(labels) * z)
@@ -104,12 +112,10 @@ def train_generator(
     Source: GDFQ (Xu et al. 2020), equations 5-8; released code of SynQ, HAST and IntraQ for the use as calibration.
     """
     device = teacher.target_means[0].device
-    torch_state = torch.random.get_rng_state()  # torch initialises layers from the global stream only
-    try:
-        torch.manual_seed(stream(seed, f"{name}/generator").initial_seed() % 2**63)
+    # torch initialises layers from its global stream only, so that one is borrowed: the host's alone, no device's
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(stream(seed, f"{name}/generator").initial_seed())
         generator = Generator(num_classes, shape, config.latent).to(device).train()
-    finally:
-        torch.random.set_rng_state(torch_state)
     parameters = list(generator.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=config.betas)
 

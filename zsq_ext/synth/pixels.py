@@ -18,7 +18,7 @@ from zsq_ext.synth.teacher import Context, Teacher
 Objective = Callable[[Context], Terms]
 """Weighted loss terms by name; their sum is what the images descend."""
 
-ADVICE = "Try a lower pixel learning rate (lr_pixels), or check the teacher's batch-norm statistics."
+ADVICE = "Try a lower learning rate of the images (pixels.lr), or check the teacher's batch-norm statistics."
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def make_images(
             images, losses = held[0]["images"].to(labels.device), held[1]["history"]
         done.append(images)
         history += [{"batch": index, **row} for row in losses]
-    return torch.cat(done), history
+    # one layout, whether a batch was made just now or read from its file: the layout decides which kernels run on it
+    return torch.cat([images.contiguous() for images in done]), history
 
 
 def _one_batch(
@@ -130,6 +131,7 @@ class Plateau:
     """
 
     THRESHOLD = 1e-4
+    EPS = 1e-8  # a smaller reduction is not made
 
     def __init__(self, lr: float, factor: float, patience: int, min_lr: float, device: torch.device) -> None:
         self.lr = torch.tensor(lr, device=device)
@@ -144,7 +146,7 @@ class Plateau:
         self.waited.copy_(torch.where(better, 0.0, self.waited + 1))
         over = self.waited > self.patience
         lower = torch.clamp_min(self.lr * self.factor, self.min_lr)
-        self.lr.copy_(torch.where(over, torch.minimum(self.lr, lower), self.lr))
+        self.lr.copy_(torch.where(over & (self.lr - lower > self.EPS), lower, self.lr))
         self.waited.copy_(torch.where(over, 0.0, self.waited))
 
     def tensors(self) -> dict[str, Tensor]:

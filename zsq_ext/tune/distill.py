@@ -50,7 +50,8 @@ class Distiller:
         config: terms and ideas.
 
     Raises:
-        ValueError: CAM alignment is on and the network has no convolution with a map larger than 1 x 1.
+        ValueError: CAM alignment is on and the network has no convolution with a map larger than 1 x 1, or feature
+            alignment is on and it has no batch norm.
     """
 
     def __init__(self, teacher: fx.GraphModule, student: fx.GraphModule, config: DistillConfig) -> None:
@@ -71,8 +72,9 @@ class Distiller:
         """
         perturb = self._perturb
         x = images.detach().requires_grad_(perturb is not None)
-        teacher = self._teacher.run(x, with_grad=perturb is not None and perturb.through_teacher)
-        student = self._student.run(x, with_grad=True)
+        maps = self._cam is not None
+        teacher = self._teacher.run(x, with_grad=perturb is not None and perturb.through_teacher, maps=maps)
+        student = self._student.run(x, with_grad=True, maps=maps)
         easy = self._easy(teacher.logits, labels)
         clean = self._bracket(student, teacher, labels, easy, self._align)
         terms = dict(clean)
@@ -124,7 +126,7 @@ def sum_terms(terms: Terms) -> Tensor:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one forward of a network showed."""
+    """What one forward of a network showed; ``cam`` holds what its class activation map is read from."""
 
     logits: Tensor
     features: tuple[Tensor, ...]
@@ -138,6 +140,11 @@ class _Network:
         self.module = module
         self.calls = 0
         self._features = feature_maps(module) if align else []
+        if align and not self._features:
+            raise ValueError(
+                "FeatureAlign: the model must have batch norms for FeatureAlign to compare, got none; "
+                "ideas=(FeatureAlign(0),) leaves it out"
+            )
         self._tail: ClassifierTail | None = None
         self._cam: dict[str, str] = {}
         if cam:
@@ -145,19 +152,32 @@ class _Network:
             self._cam = _cam_nodes(module, self._tail)
         self._tapped = with_taps(module, [*self._features, *self._cam.values()])
 
-    def run(self, images: Tensor, with_grad: bool = False) -> _Seen:
+    def run(self, images: Tensor, with_grad: bool = False, maps: bool = False) -> _Seen:
+        """One forward.
+
+        Args:
+            images: (B, C, H, W).
+            with_grad: the losses may be differentiated through this forward.
+            maps: ``alpha`` will be asked for.
+        """
         self.calls += 1
-        # the open tail's channel weights are a gradient, which needs a graph from the map on
-        with torch.set_grad_enabled(with_grad or (bool(self._cam) and self._tail is None)):
-            logits, maps = self._tapped(images)
+        # the open tail's channel weights are a gradient, so its logits need a graph even where nothing else does
+        own_graph = maps and self._tail is None and not with_grad
+        x = images.detach().requires_grad_() if own_graph else images
+        with torch.set_grad_enabled(with_grad or own_graph):
+            logits, taps = self._tapped(x)
         count = len(self._features)
-        return _Seen(logits, maps[:count], dict(zip(self._cam, maps[count:], strict=True)))
+        features, cam = taps[:count], dict(zip(self._cam, taps[count:], strict=True))
+        if own_graph:
+            cam["logits"] = logits
+            logits, features = logits.detach(), tuple(feature.detach() for feature in features)
+        return _Seen(logits, features, cam)
 
     def alpha(self, seen: _Seen, classes: Tensor) -> Tensor:
         """Grad-CAM's channel weights: in closed form where the tail allows it, by autograd elsewhere."""
         tail = self._tail
         if tail is None:
-            return autograd_alpha(seen.logits, seen.cam["map"], classes)
+            return autograd_alpha(seen.cam.get("logits", seen.logits), seen.cam["map"], classes)
         norm = tail.batch_norm
         slope = bn_slope(attribute(self.module, str(norm.weight)), attribute(self.module, str(norm.var)), norm.eps)
         upper = 6.0 if tail.activation == "relu6" else None
@@ -169,5 +189,8 @@ def _cam_nodes(module: fx.GraphModule, tail: ClassifierTail | None) -> dict[str,
         return {"map": tail.features, "pre_activation": tail.pre_activation, "classifier": tail.classifier}
     layer = cam_layer(module)
     if layer is None:
-        raise ValueError("CamAlign: the model must have a convolution with a map larger than 1 x 1, got none")
+        raise ValueError(
+            "CamAlign: the model must have a convolution with a map larger than 1 x 1 for CamAlign, got none; "
+            "ideas=(CamAlign(0),) leaves it out"
+        )
     return {"map": layer}

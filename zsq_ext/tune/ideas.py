@@ -44,6 +44,9 @@ class CamAlign:
 
     def __post_init__(self) -> None:
         _require("CamAlign", "weight", self.weight, self.weight >= 0, "be at least 0")
+        _require("CamAlign", "rule", self.rule, self.rule in ("argmax", "label"), 'be "argmax" or "label"')
+        forms = ("minmax_upsampled", "raw", "minmax_native")
+        _require("CamAlign", "normalise", self.normalise, self.normalise in forms, f"be one of {', '.join(forms)}")
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,7 @@ def test_report_of_several_runs_shows_shared_images_once(run, tmp_path):
     assert page.count("Sensitivity of the layers:") == 4  # two headings, two links to them
     assert "<h1>A &amp; B</h1>" in page
     assert "a &lt;b&gt;" in page
+    assert "best epoch" not in page  # there was one epoch to measure
     assert "1 min 15 s" in page
 
 

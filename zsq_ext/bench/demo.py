@@ -143,7 +143,11 @@ def demo(
             results=shown,
             accuracy=rows,
             measured_on=measured_on,
-            notes={"network": MODEL, **{f"teacher's {name}": value for name, value in facts(MODEL).items()}},
+            notes={
+                "network": MODEL,
+                "making the shared images": f"{clock.spent['making images']:.0f} s",
+                **{f"teacher's {name}": value for name, value in facts(MODEL).items()},
+            },
         )
     return Demo(rows, {name: round(spent, 1) for name, spent in clock.spent.items()}, test_images, seed, path)
 

@@ -192,7 +192,7 @@ def _figures(accuracy: Sequence[Accuracy], results: Mapping[str, Result]) -> Htm
         for row in accuracy
         if row.last is not None and (row.bits == "float" or row.name in results)
     ]
-    figures.append((f"{first.quality.agreement:.1f} %", f"{first.qconfig.label} agrees with the teacher"))
+    figures.append((f"{first.quality.agreement:.1f} %", f"agreement, {first.qconfig.label}"))
     figures.append((str(len(first.images)), "synthetic images"))
     figures.append((_duration(first.seconds), f"for {first.qconfig.label}"))
     cells = "".join(f"<div><b>{html.text(value)}</b><span>{html.text(name)}</span></div>" for value, name in figures)
@@ -201,18 +201,22 @@ def _figures(accuracy: Sequence[Accuracy], results: Mapping[str, Result]) -> Htm
 
 def _accuracy(rows: Sequence[Accuracy], measured_on: str) -> Html:
     teacher = next((row.last for row in rows if row.bits == "float"), None)
+    several = any(row.best is not None for row in rows)
+    header = ["method", "bits", "top-1, last epoch (%)", "last against teacher", "time"]
+    words = f"Measured on {measured_on}. " if measured_on else ""
+    words += "Test data decided nothing in these runs."
+    if several:
+        header.insert(3, "top-1, best epoch (%)")
+        words += " The best epoch was picked by it: quote the last one."
     cells = []
     for row in rows:
         loss = ""
         if teacher is not None and row.last is not None and row.bits != "float":
             loss = f"{row.last - teacher:+.2f}"
-        best = "" if row.best is None else f"{row.best:.2f}"
+        best = [] if not several else ["" if row.best is None else f"{row.best:.2f}"]
         took = "" if row.seconds is None else _duration(row.seconds)
-        cells.append((row.method, row.bits, row.shown, best, loss, took))
-    header = ("method", "bits", "top-1, last epoch (%)", "top-1, best epoch (%)", "last against teacher", "time")
-    words = "Test data decided nothing in these runs. The best epoch was picked by it: quote the last one."
-    where = f"Measured on {measured_on}. " if measured_on else ""
-    return Html(html.table(header, cells, numeric=(2, 3, 4, 5)) + html.note(where + words))
+        cells.append((row.method, row.bits, row.shown, *best, loss, took))
+    return Html(html.table(header, cells, numeric=range(2, len(header))) + html.note(words))
 
 
 def _epochs(results: Mapping[str, Result]) -> Html:

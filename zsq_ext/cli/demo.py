@@ -13,7 +13,7 @@ from zsq_ext.cli.common import Json, Quiet, on_stop, table, to_stdout, write_jso
 def demo(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Where the report and the quantized networks go.")] = Path("runs/demo"),
-    test_images: Annotated[int, typer.Option(help="Measure on the first so many of 10,000 test images.")] = 10_000,
+    test_images: Annotated[int, typer.Option(help="Measure on the first so many of 10,000 test images.")] = 5_000,
     seed: Annotated[int, typer.Option(help="Of every random stream.")] = 0,
     json: Json = None,
     quiet: Quiet = False,

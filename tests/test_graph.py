@@ -370,6 +370,36 @@ def test_a_stage_of_linear_bottlenecks_is_not_one_block():
     assert [b.name for b in check_blocks(captured(alone))] == ["0.0.0", "0.1", "3"]
 
 
+def test_other_chains_that_end_in_a_batch_norm_stay_apart():
+    def linear(inputs):
+        return nn.Sequential(conv(inputs, 4), nn.BatchNorm2d(4))
+
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    alternating = nn.Sequential(conv_bn_relu(3, 4), linear(4), conv_bn_relu(4, 4), linear(4))
+    blocks = check_blocks(captured(nn.Sequential(alternating, *head)))
+    assert [b.name for b in blocks] == ["0.0.0", "0.1.0", "0.2.0", "0.3.0", "3"]
+    around = nn.Sequential(linear(3), conv_bn_relu(4, 4), linear(4))
+    assert len(check_blocks(captured(nn.Sequential(around, *head)))) == 4
+    long = nn.Sequential(conv_bn_relu(3, 4), conv_bn_relu(4, 4), conv_bn_relu(4, 4), linear(4))
+    assert len(check_blocks(captured(nn.Sequential(long, *head)))) == 5
+
+
+def test_asking_for_a_size_is_not_reading():
+    module = captured(plain())
+    before = graph.activations_all_layers(module), graph.blocks(module)
+    first = graph.find(module, "conv2d")
+    with module.graph.inserting_before(graph.find(module, "linear_1")):
+        size = module.graph.call_function(torch.ops.aten.sym_size.int, (first, 0))
+        view = module.graph.call_function(torch.ops.aten.reshape.default, (graph.find(module, "relu_2"), [size, -1]))
+    size.meta["val"], view.meta["val"] = 2, graph.find(module, "relu_2").meta["val"]
+    graph.find(module, "linear_1").replace_input_with(graph.find(module, "relu_2"), view)
+    module.recompile()
+    assert module(normal(3, 3, 8, 8)).shape == (3, 5)
+    sites, blocks = graph.activations_all_layers(module), graph.blocks(module)
+    assert sites == before[0]
+    assert [b.weights for b in blocks] == [b.weights for b in before[1]]
+
+
 # Feature maps, classifier tails, class activation maps
 
 

@@ -135,6 +135,12 @@ def test_edge_bits(teacher):
     assert edges("all_layers") == ["stem.weight", "fc.weight", "input", "model:mean", "output"]
 
 
+def test_what_the_last_layer_reads_is_not_what_an_earlier_one_reads():
+    layers = [nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1)]
+    module = capture(nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 5)), torch.zeros(2, 3, 4, 4))
+    assert {s.name: s.bits for s in plan(module, QConfig(3, 3, edge_bits=8)) if s.kind == "activation"} == {"1:relu": 3}
+
+
 def test_single_sites_come_before_everything_else(teacher):
     config = QConfig(3, 3, edge_bits=8, sites={"fc.weight": 5, "relu1:relu": 6})
     bits = {s.name: s.bits for s in plan(teacher, config)}

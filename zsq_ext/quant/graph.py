@@ -388,7 +388,11 @@ def _pieces(module: fx.GraphModule) -> list[list[fx.Node]]:
 
 
 def _linear_bottlenecks(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
-    """Joins the chain that a module runs from its start to a batch norm without an activation behind it."""
+    """Joins the chain that a module runs from its start to a batch norm without an activation behind it.
+
+    Such a chain is short: expansion, depthwise convolution with its attention, projection. A whole network that happens
+    to end in a batch norm is none.
+    """
     joined: list[list[fx.Node]] = []
     whole: set[int] = set()  # pieces of `joined` that end in a bottleneck: nothing joins across it
     for at, piece in enumerate(pieces):
@@ -400,7 +404,7 @@ def _linear_bottlenecks(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
                 after = at + 1 < len(pieces) and _inside(pieces[at + 1], module)
                 if after or whole & set(inside):
                     break  # this module holds more than one such chain, and so do the modules around it
-                if len(inside) > 1:
+                if 1 < len(inside) <= 3:
                     joined[inside[0] :] = [[n for p in joined[inside[0] :] for n in p]]
                     break
                 module = module.rpartition(".")[0]

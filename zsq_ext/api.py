@@ -9,7 +9,8 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,6 @@ class Result:
         evaluations: [{"epoch": n, "top1": percent}], only where test data was given; epoch 0 is a network that was not
             tuned at all.
         seconds: wall time of the whole run.
-        teacher_top1: the float network's accuracy on the same test data, in percent; None without test data.
     """
 
     model: fx.GraphModule
@@ -68,7 +68,12 @@ class Result:
     histories: Mapping[str, list[dict]]
     evaluations: list[dict]
     seconds: float
-    teacher_top1: float | None = None
+    measure_teacher: Callable[[], float] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def teacher_top1(self) -> float | None:
+        """The float network's accuracy on the same test data, in percent, measured when first asked for; else None."""
+        return None if self.measure_teacher is None else self.measure_teacher()
 
     @property
     def top1_last(self) -> float | None:
@@ -194,7 +199,7 @@ def quantize(
         histories=outcome.histories,
         evaluations=evaluations,
         seconds=time.perf_counter() - begin,
-        teacher_top1=None if test is None else evaluate(teacher, test()),
+        measure_teacher=None if test is None else lambda: evaluate(teacher, test()),
     )
     _keep(job.run, result)
     return result

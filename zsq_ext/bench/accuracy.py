@@ -9,6 +9,7 @@ on the bits, so the variants of a seed share them: what differs between two rows
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -104,9 +105,11 @@ class Table:
             self.rows = json.loads(path.read_text())["rows"]
 
     def find(self, **keys: Any) -> dict[str, Any] | None:
-        return next((row for row in self.rows if all(row[key] == keys[key] for key in KEYS)), None)
+        return next((row for row in self.rows if all(row[key] == value for key, value in keys.items())), None)
 
     def add(self, row: dict[str, Any]) -> None:
+        """Appends a row; one with the same keys, of an older configuration, makes room."""
+        self.rows = [old for old in self.rows if any(old[key] != row[key] for key in KEYS)]
         self.rows.append(row)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,15 +147,16 @@ def run_table(
         sets: dict[str, _Set] = {}
         for variant in variants:
             for w_bits, a_bits in bits:
-                keys = {
+                keys: dict[str, Any] = {
                     "task": TASK, "model": name, "method": variant.method, "variant": variant.name,
                     "w_bits": w_bits, "a_bits": a_bits, "seed": seed,
                 }  # fmt: skip
+                settings = config(variant.change(methods.get(variant.method).config(preset, "repo")))
+                keys["settings"] = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
                 if table.find(**keys) is not None:
                     continue
                 if deadline is not None and time.monotonic() > deadline:
                     return
-                settings = config(variant.change(methods.get(variant.method).config(preset, "repo")))
                 if variant.images not in sets:
                     sets[variant.images] = _images(variant.images, model, settings, seed, progress)
                 progress.say(f"{name} seed {seed} {variant.name} W{w_bits}A{a_bits}")
@@ -173,12 +177,9 @@ def _row(model: nn.Module, keys: dict[str, Any], settings: QatConfig, made: _Set
         images=made.images, test=timed_test, seed=keys["seed"], progress=QUIET,
     )  # fmt: skip
     seconds = time.perf_counter() - begin - evaluating[0]
-    last, best = result.top1_last, result.top1_best
-    if last is None:  # nothing was tuned, so no epoch was evaluated
-        last = best = api.evaluate(result.model, test())
     return {
-        "top1_last": last,
-        "top1_best": best,
+        "top1_last": result.top1_last,
+        "top1_best": result.top1_best,
         "agreement": result.quality.agreement,
         "seconds": round(seconds + made.seconds, 1),  # images included, evaluation not
     }

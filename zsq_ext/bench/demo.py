@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zsq_ext import api
-from zsq_ext.bench.accuracy import TestSet
+from zsq_ext.bench.accuracy import TestSet, place
 from zsq_ext.core import machine
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.steps import Diverged
@@ -93,7 +92,7 @@ def demo(
     """
     if not 1 <= test_images <= TEST_IMAGES:
         raise ValueError(f"demo: test_images must be from 1 to {TEST_IMAGES}, got {test_images}")
-    network = teacher(MODEL).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = place(teacher(MODEL))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     clock = _Clock()

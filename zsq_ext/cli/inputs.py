@@ -204,14 +204,14 @@ def bits(text: str) -> int | None:
         raise ValueError(f"--a-bits must be an integer from 2 to 8 or none, got {text!r}") from None
 
 
-def device(text: str | None) -> torch.device | None:
-    """A device that works here, or None for where things are.
+def device(text: str | None) -> torch.device:
+    """A device that works here: the GPU if one is visible, unless another is named.
 
     Raises:
         ValueError: torch cannot use it, with the reason.
     """
     if text is None:
-        return None
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.zeros(1, device=text).device
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device

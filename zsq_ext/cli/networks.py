@@ -32,7 +32,7 @@ Preset = Annotated[str, typer.Option(help="Size of the run: smoke (minutes), cif
 Profile = Annotated[str | None, typer.Option(help="Variant where paper and code differ: repo, paper.")]
 Method = Annotated[str, typer.Option(help="synq, hast, or a control: minmax, noise.")]
 Seed = Annotated[int, typer.Option(help="Of every random stream of the run.")]
-Device = Annotated[str | None, typer.Option(help="Where to work, such as cpu or cuda.")]
+Device = Annotated[str | None, typer.Option(help="Where to work, such as cpu or cuda; the GPU if one is visible.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")]
 
 
@@ -93,7 +93,7 @@ def quantize(
         edge_bits=edge_bits,
         test=None if tested is None else tested.batches,
         seed=seed,
-        device=device,
+        device=inputs.device(device),
         out=folder,
         resume=resume,
         progress=progress,
@@ -146,7 +146,7 @@ def synthesize(
         preset=preset,
         profile=profile,
         seed=seed,
-        device=device,
+        device=inputs.device(device),
         out=folder,
         resume=resume,
         progress=Progress(quiet=quiet),

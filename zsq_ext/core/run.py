@@ -137,6 +137,8 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         with safe_open(str(path), framework="pt") as file:
             info = json.loads((file.metadata() or {}).get("info", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise ValueError(f"load: path must be an existing file, got {path}") from None
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"load: {path} must be a complete safetensors file, but: {error}") from error
     if not isinstance(info, dict):

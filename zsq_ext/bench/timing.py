@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from zsq_ext.core.machine import cpu_name
 
 # Where the device does not say: larger than the last-level cache of most CPUs.
 _CPU_CACHE_BYTES = 64 << 20
@@ -193,7 +194,7 @@ def environment() -> dict[str, Any]:
         "zsq_ext": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
@@ -201,12 +202,3 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "backends": backends(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()

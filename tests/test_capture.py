@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from zsq_ext.quant.capture import capture
-from zsq_ext.quant.graph import batch_norms, weights
+from zsq_ext.quant.graph import batch_norms
+from zsq_ext.quant.sites import weights
 from zsq_ext.zoo.small_nets import mobilenet_small, resnet20
 from zsq_ext.zoo.torchvision_nets import mobilenet_v2, resnet18, vgg11_bn
 

@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from zsq_ext.methods import synq
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
-from zsq_ext.quant.graph import cam_layer, classifier_tail, find
+from zsq_ext.quant.graph import find
 from zsq_ext.quant.modules import calibrating
 from zsq_ext.quant.prepare import prepare
+from zsq_ext.quant.structure import cam_layer, classifier_tail
 from zsq_ext.tune.cam import autograd_alpha
 from zsq_ext.tune.distill import DistillConfig, Distiller, _Network, sum_terms
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, Perturb, SoftLabels

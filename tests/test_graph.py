@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zsq_ext.quant import graph
+from zsq_ext.quant import graph, sites, structure
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import PLACEMENTS, QConfig
 from zsq_ext.quant.prepare import prepare
@@ -122,8 +122,8 @@ def network(name):
 def test_counts_that_the_papers_state(name, norms, weights, activations):
     module = network(name)
     assert len(graph.batch_norms(module)) == norms
-    assert len(graph.weights(module)) == weights
-    assert len(graph.activations_after_relu(module)) == activations
+    assert len(sites.weights(module)) == weights
+    assert len(sites.activations_after_relu(module)) == activations
 
 
 def test_sizes_that_the_papers_state():
@@ -133,9 +133,9 @@ def test_sizes_that_the_papers_state():
     def numel(names):
         return sum(graph.find(module, name).meta["val"][0].numel() for name in names)
 
-    assert numel(site.node for site in graph.activations_after_relu(module)) == 188_416
+    assert numel(site.node for site in sites.activations_after_relu(module)) == 188_416
     assert numel(tap.input for tap in graph.batch_norms(module)) == 200_704
-    assert round(sum(graph.attribute(module, w.name).numel() for w in graph.weights(module)) / 1e6, 3) == 0.271
+    assert round(sum(graph.attribute(module, w.name).numel() for w in sites.weights(module)) / 1e6, 3) == 0.271
 
 
 def test_names_are_those_of_the_model():
@@ -146,7 +146,7 @@ def test_names_are_those_of_the_model():
         assert isinstance(layer, nn.BatchNorm2d)
         assert (tap.weight, tap.mean) == (f"{tap.name}.weight", f"{tap.name}.running_mean")
         assert (tap.eps, tap.training) == (layer.eps, False)
-    for weight in graph.weights(module):
+    for weight in sites.weights(module):
         assert graph.attribute(module, weight.name).shape == model.get_parameter(weight.name).shape
         assert [f"{graph.module_of(graph.find(module, user))}.weight" for user in weight.users] == [weight.name]
 
@@ -156,7 +156,7 @@ def test_output_channels_come_first_except_in_a_transposed_convolution():
         return self.fc(self.up(self.conv(x)).mean([2, 3]))
 
     module = captured(Net(run, conv=conv(3, 4), up=nn.ConvTranspose2d(4, 6, 2), fc=nn.Linear(6, 5)))
-    shapes = {w.name: graph.attribute(module, w.name).shape[w.axis] for w in graph.weights(module)}
+    shapes = {w.name: graph.attribute(module, w.name).shape[w.axis] for w in sites.weights(module)}
     assert shapes == {"conv.weight": 4, "up.weight": 6, "fc.weight": 5}
 
 
@@ -165,11 +165,11 @@ def test_a_shared_layer_is_one_weight_and_two_batch_norms():
         return self.fc(self.layer(self.layer(x)).mean([2, 3]))
 
     module = captured(Net(run, layer=conv_bn_relu(3, 3), fc=nn.Linear(3, 5)))
-    assert [(w.name, len(w.users)) for w in graph.weights(module)] == [("layer.0.weight", 2), ("fc.weight", 1)]
+    assert [(w.name, len(w.users)) for w in sites.weights(module)] == [("layer.0.weight", 2), ("fc.weight", 1)]
     first, second = graph.batch_norms(module)
     assert first.name == second.name == "layer.1"
     assert first.input != second.input
-    assert len(graph.activations_after_relu(module)) == 2
+    assert len(sites.activations_after_relu(module)) == 2
     student = prepare(module, QConfig(4, 4))
     assert sum(n.op == "call_module" and "weight" in str(n.target) for n in student.graph.nodes) == 2
 
@@ -206,13 +206,13 @@ def test_activation_functions_get_one_site(function, is_relu, bound):
 
     act = function if isinstance(function, nn.Module) else Net(lambda self, x: function(x))
     module = captured(Net(run, conv=conv(3, 4), bn=nn.BatchNorm2d(4), act=act, fc=nn.Linear(4, 5)))
-    (site,) = graph.activations_after_relu(module)
+    (site,) = sites.activations_after_relu(module)
     node = graph.find(module, site.node)
     assert graph.is_relu(node) == is_relu
     if is_relu:
         assert graph.upper_bound(node) == bound
     # conv, batch norm and activation are one layer: the image, its output, the pooled features, the logits
-    everywhere = [a.node for a in graph.activations_all_layers(module)]
+    everywhere = [a.node for a in sites.activations_all_layers(module)]
     assert everywhere == ["x", site.node, "mean", "linear"]
 
 
@@ -222,11 +222,11 @@ def test_gates_and_bounds_are_no_activation_functions(function):
         return self.fc(function(self.conv(x)).mean([2, 3]))
 
     module = captured(Net(run, conv=conv(3, 4), fc=nn.Linear(4, 5)))
-    assert graph.activations_after_relu(module) == []
+    assert sites.activations_after_relu(module) == []
 
 
 def test_the_hardware_placement_of_a_linear_bottleneck():
-    names = [a.name for a in graph.activations_all_layers(network("mobilenet_small"))]
+    names = [a.name for a in sites.activations_all_layers(network("mobilenet_small"))]
     assert names[:6] == [
         "input",
         "features.0.2:hardtanh_",  # conv + bn + relu6
@@ -250,7 +250,7 @@ def test_the_hardware_placement_of_everything_else():
 
     layers = {"stem": conv_bn_relu(3, 4), "conv": conv(4, 4), "scale": nn.Parameter(normal(1, 4, 1, 1))}
     module = captured(Net(run, **layers, head=conv(4, 5, 1)))
-    found = [(a.node, a.role) for a in graph.activations_all_layers(module)]
+    found = [(a.node, a.role) for a in sites.activations_all_layers(module)]
     assert found == [
         ("x", "input"),
         ("relu", "activation"),
@@ -269,13 +269,13 @@ def test_the_hardware_placement_of_everything_else():
 def test_no_value_is_quantized_twice(name):
     """Every site of the hardware placement stands behind an operator that makes new values."""
     module = network(name)
-    sites = {a.node for a in graph.activations_all_layers(module)}
+    chosen = {a.node for a in sites.activations_all_layers(module)}
     for node in module.graph.nodes:
-        if node.target in graph.PASS_THROUGH:
-            assert node.name not in sites
+        if node.target in sites.PASS_THROUGH:
+            assert node.name not in chosen
         if node.target in graph.LAYERS:
             value, steps = node, 0
-            while value.name not in sites:  # a layer's output reaches its one site within batch norm and activation
+            while value.name not in chosen:  # a layer's output reaches its one site within batch norm and activation
                 (value,) = value.users
                 steps += 1
             assert steps <= 2
@@ -291,13 +291,13 @@ def test_quantizers_do_not_change_what_is_read(name, placement):
     student = prepare(teacher, QConfig(4, 4, placement))
     for read in (
         graph.batch_norms,
-        graph.weights,
-        graph.activations_after_relu,
-        graph.activations_all_layers,
-        graph.feature_maps,
-        graph.cam_layer,
-        lambda m: [(b.name, b.weights) for b in graph.blocks(m)],
-        lambda m: (tail := graph.classifier_tail(m)) and (tail.features, tail.pre_activation, tail.batch_norm),
+        sites.weights,
+        sites.activations_after_relu,
+        sites.activations_all_layers,
+        structure.feature_maps,
+        structure.cam_layer,
+        lambda m: [(b.name, b.weights) for b in structure.blocks(m)],
+        lambda m: (tail := structure.classifier_tail(m)) and (tail.features, tail.pre_activation, tail.batch_norm),
     ):
         assert read(student) == read(teacher)
 
@@ -307,10 +307,10 @@ def test_quantizers_do_not_change_what_is_read(name, placement):
 
 def check_blocks(module):
     """Each weight in one block, each block reads the one before, and nothing else crosses a border."""
-    blocks = graph.blocks(module)
+    blocks = structure.blocks(module)
     nodes = list(module.graph.nodes)
     place = {node.name: i for i, node in enumerate(nodes)}
-    assert [w for b in blocks for w in b.weights] == [w.name for w in graph.weights(module)]
+    assert [w for b in blocks for w in b.weights] == [w.name for w in sites.weights(module)]
     assert blocks[0].input == nodes[[node.op for node in nodes].index("placeholder")].name
     assert blocks[-1].output == module.graph.output_node().args[0].name
     for before, after in itertools.pairwise(blocks):
@@ -340,13 +340,13 @@ def test_blocks_are_a_chain(name):
     ],
 )
 def test_weights_per_block(name, expected):
-    assert [len(b.weights) for b in graph.blocks(network(name))] == expected
+    assert [len(b.weights) for b in structure.blocks(network(name))] == expected
 
 
 def test_block_names():
-    names = [b.name for b in graph.blocks(network("resnet18"))]
+    names = [b.name for b in structure.blocks(network("resnet18"))]
     assert names == ["conv1", *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)), "fc"]
-    assert [b.name for b in graph.blocks(network("plain"))] == ["0.0.0", "0.2.0", "2.0", "2.2"]
+    assert [b.name for b in structure.blocks(network("plain"))] == ["0.0.0", "0.2.0", "2.0", "2.2"]
 
 
 def test_a_stage_of_linear_bottlenecks_is_not_one_block():
@@ -386,7 +386,7 @@ def test_other_chains_that_end_in_a_batch_norm_stay_apart():
 
 def test_asking_for_a_size_is_not_reading():
     module = captured(plain())
-    before = graph.activations_all_layers(module), graph.blocks(module)
+    before = sites.activations_all_layers(module), structure.blocks(module)
     first = graph.find(module, "conv2d")
     with module.graph.inserting_before(graph.find(module, "linear_1")):
         size = module.graph.call_function(torch.ops.aten.sym_size.int, (first, 0))
@@ -395,8 +395,8 @@ def test_asking_for_a_size_is_not_reading():
     graph.find(module, "linear_1").replace_input_with(graph.find(module, "relu_2"), view)
     module.recompile()
     assert module(normal(3, 3, 8, 8)).shape == (3, 5)
-    sites, blocks = graph.activations_all_layers(module), graph.blocks(module)
-    assert sites == before[0]
+    chosen, blocks = sites.activations_all_layers(module), structure.blocks(module)
+    assert chosen == before[0]
     assert [b.weights for b in blocks] == [b.weights for b in before[1]]
 
 
@@ -405,10 +405,10 @@ def test_asking_for_a_size_is_not_reading():
 
 def test_feature_maps():
     module = network("resnet20")
-    modules = [graph.module_of(graph.find(module, name)) for name in graph.feature_maps(module)]
+    modules = [graph.module_of(graph.find(module, name)) for name in structure.feature_maps(module)]
     assert modules == [f"features.stage{i}.unit{j}.body.conv2.bn" for i in (1, 2, 3) for j in (1, 2, 3)]
-    assert len(graph.feature_maps(network("mobilenet_small"))) == 9  # the linear bottlenecks
-    assert graph.feature_maps(network("plain")) == ["batch_norm", "batch_norm_1"]
+    assert len(structure.feature_maps(network("mobilenet_small"))) == 9  # the linear bottlenecks
+    assert structure.feature_maps(network("plain")) == ["batch_norm", "batch_norm_1"]
 
 
 @pytest.mark.parametrize(
@@ -417,18 +417,18 @@ def test_feature_maps():
 )
 def test_classifier_tails(name, activation, addition):
     module = network(name)
-    tail = graph.classifier_tail(module)
+    tail = structure.classifier_tail(module)
     assert tail.activation == activation
-    assert tail.features == graph.cam_layer(module) == tail.batch_norm.input
+    assert tail.features == structure.cam_layer(module) == tail.batch_norm.input
     assert tail.batch_norm == graph.batch_norms(module)[-1]
     assert tail.pre_activation.startswith("add") == addition
-    assert graph.find(module, tail.classifier).target == graph.weights(module)[-1].name
+    assert graph.find(module, tail.classifier).target == sites.weights(module)[-1].name
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_small"])
 def test_a_tail_gives_the_gradient_it_promises(name):
     module = network(name)
-    tail = graph.classifier_tail(module)
+    tail = structure.classifier_tail(module)
     tapped = graph.with_taps(module, [tail.features, tail.pre_activation, tail.classifier])
     # teachers are frozen, so a gradient needs a leaf in front of the map
     logits, (features, before, weight) = tapped(normal(3, 3, *[NETS[name][1]] * 2, seed=1).requires_grad_())
@@ -465,15 +465,15 @@ def test_which_tails_are_closed(run, has_tail):
     layers = {"conv": conv(4, 4), "bn": nn.BatchNorm2d(4), "skip": conv(4, 4, 1), "fc": nn.Linear(4, 5)}
     model = Net(lambda self, x: run(self, self.stem(x)), stem=conv(3, 4), **layers)
     module = captured(model)
-    tail = graph.classifier_tail(module)
+    tail = structure.classifier_tail(module)
     assert (tail is not None) == has_tail
     if tail is not None:
         assert graph.module_of(graph.find(module, tail.features)) == "conv"
 
 
 def test_a_network_with_linear_layers_behind_has_no_tail_but_a_map():
-    assert graph.classifier_tail(network("plain")) is None
-    assert graph.cam_layer(network("plain")) == "conv2d_1"
+    assert structure.classifier_tail(network("plain")) is None
+    assert structure.cam_layer(network("plain")) == "conv2d_1"
 
 
 def test_the_map_is_larger_than_one_position():
@@ -481,9 +481,9 @@ def test_the_map_is_larger_than_one_position():
         return self.head(F.adaptive_avg_pool2d(self.body(x), 1)).flatten(1)
 
     module = captured(Net(run, body=conv_bn_relu(3, 4), head=conv(4, 5, 1)))
-    assert graph.cam_layer(module) == "conv2d"
+    assert structure.cam_layer(module) == "conv2d"
     flat = captured(nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(3, 5, 1), nn.Flatten()))
-    assert graph.cam_layer(flat) is None
+    assert structure.cam_layer(flat) is None
 
 
 # Taps

@@ -1,7 +1,7 @@
 """One capture serves everything: a network becomes a single functional graph with its own parameter names.
 
-Sites, batch-norm taps, blocks and the classifier tail are read off this graph (``graph.py``); quantizers are inserted
-into it (``prepare.py``). Nothing else ever looks at the caller's modules.
+Batch-norm taps (``graph.py``), sites (``sites.py``), blocks and the classifier tail (``structure.py``) are read off
+this graph; quantizers are inserted into it (``prepare.py``). Nothing else ever looks at the caller's modules.
 """
 
 from __future__ import annotations

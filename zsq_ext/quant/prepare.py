@@ -9,17 +9,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from zsq_ext.quant.config import QConfig
-from zsq_ext.quant.graph import (
-    LAYERS,
-    Activation,
-    Weight,
-    activations_after_relu,
-    activations_all_layers,
-    attribute,
-    find,
-    weights,
-)
+from zsq_ext.quant.graph import LAYERS, attribute, find
 from zsq_ext.quant.modules import ActivationQuantizer, WeightQuantizer, weight_range
+from zsq_ext.quant.sites import Activation, Weight, activations_after_relu, activations_all_layers, weights
 
 
 @dataclass(frozen=True)

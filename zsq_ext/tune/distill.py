@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from zsq_ext.core.steps import Terms
-from zsq_ext.quant.graph import ClassifierTail, attribute, cam_layer, classifier_tail, feature_maps, with_taps
+from zsq_ext.quant.graph import attribute, with_taps
+from zsq_ext.quant.structure import ClassifierTail, cam_layer, classifier_tail, feature_maps
 from zsq_ext.tune.cam import ALPHA_FLOOR, autograd_alpha, bn_slope, cam_classes, cam_loss, closed_form_alpha
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, Perturb, SoftLabels
 from zsq_ext.tune.losses import difficulty, easy_mask, feature_alignment, kd, masked_ce, signed_perturbation

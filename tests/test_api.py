@@ -317,7 +317,16 @@ REFUSED = {
     "a_bits true": ({"a_bits": True}, ValueError, "a_bits must be an integer from 2 to 8, got True"),
     "edge_bits": ({"edge_bits": 16}, ValueError, "edge_bits must be an integer from 2 to 8, got 16"),
     "placement": ({"placement": "all"}, ValueError, "placement must be one of .*, got 'all'"),
-    "sites": ({"sites": {"convs.0": 8}}, ValueError, "sites must name sites of the network, got 'convs.0'"),
+    "sites": (
+        {"sites": {"convs.0": 8}},
+        ValueError,
+        r"sites must name sites of the network, got 'convs.0'; close to it: convs.0.weight",
+    ),
+    "sites without a clue": (
+        {"sites": {"?": 8}},
+        ValueError,
+        r"sites must name sites of the network, got '\?'; they are convs.0.weight, .*\(\d+ in all\)",
+    ),
     "num_classes": ({"num_classes": 10}, ValueError, "num_classes must be the model's 5 outputs, got 10"),
     "no shape": ({"shape": None}, ValueError, r"input_shape must be three positive integers \(C, H, W\), got None"),
     "two axes": ({"shape": (8, 8)}, ValueError, r"input_shape must be three positive integers .*, got \(8, 8\)"),
@@ -444,6 +453,27 @@ def test_saving_and_loading_refuse_what_does_not_fit(model, result, nets, tmp_pa
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"^load: .*m.safetensors must be a complete safetensors file"):
         zsq.load(path, model)
+
+
+def test_evaluate_refuses_what_is_not_a_batch(result):
+    images, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+    for batches, kind, message in (
+        ([images], TypeError, r"batches must give pairs of tensors \(images, labels\), got Tensor"),
+        ([(images, labels, labels)], TypeError, "pairs of tensors .*, got .'Tensor', 'Tensor', 'Tensor'"),
+        ([{"image": images}], TypeError, "pairs of tensors .*, got dict"),
+        ([(images, [0] * 4)], TypeError, "pairs of tensors .*, got .'Tensor', 'list'"),
+        ([(images, labels[:3])], ValueError, r"\(N, C, H, W\) and \(N,\), got \(4, 3, 8, 8\) and \(3,\)"),
+        ([], ValueError, "must hold at least one image"),
+    ):
+        with pytest.raises(kind, match=f"^evaluate: .*{message}"):
+            zsq.evaluate(result.model, batches)
+    assert zsq.evaluate(nn.Flatten(), [(torch.eye(4).view(4, 4, 1, 1), torch.arange(4))]) == 100.0
+
+
+def test_a_result_in_one_line(result):
+    assert repr(result).startswith("Result(synq W4A4, agreement ")
+    assert "\n" not in repr(result)
+    assert len(repr(result)) < 120
 
 
 def test_input_specs(model):

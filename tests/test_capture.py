@@ -364,9 +364,14 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-def test_control_flow_on_values_names_the_module():
+def test_control_flow_on_values_names_the_module_and_the_line(capsys):
     model = net(lambda self, x: self.gate(F.relu(x)), gate=Branching())
-    refused(model, NotImplementedError, r"module 'gate' \(Branching\) cannot be captured .* depend on values")
+    refused(
+        model,
+        NotImplementedError,
+        r"module 'gate' \(Branching\) cannot be captured .*, at .*test_capture.py:\d+ \(.*if .*\); .* depend on values",
+    )
+    assert "def forward" not in capsys.readouterr().err  # torch's own report of it, a whole graph
 
 
 def large_batches_apart(self, x):

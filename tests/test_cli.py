@@ -186,6 +186,15 @@ def test_synthesize(net, tmp_path):
     assert len(list((tmp_path / "s" / "png").glob("*.png"))) == 12
     assert "12 images" in done.stdout
 
+    # images made once serve any number of bits, and change nothing about the result
+    made = ("--images", tmp_path / "s" / "images.safetensors")
+    arguments = ("quantize", "--model", net, "--input-shape", "3,16,16", "--quiet", "--json", "-")
+    apart, together = (zsq_(*arguments, *more) for more in ((*made, "--out", tmp_path / "apart"), ()))
+    assert apart.exit_code == 0, apart.output
+    assert json.loads(apart.stdout)["quality"] == json.loads(together.stdout)["quality"]
+    save_file({"images": torch.zeros(2, 3, 16, 16)}, tmp_path / "bad.safetensors", {"info": "{}"})
+    assert "--images must hold the tensors" in fails(*arguments, "--images", tmp_path / "bad.safetensors")
+
 
 def test_evaluate_a_float_network_alone(net, cifar):
     done = zsq_("evaluate", "--model", net, "--data", cifar, "--test-images", 10, "--json", "-")
@@ -279,7 +288,7 @@ def test_bench_of_an_unknown_suite():
         (["--model", "alexnet"], "--model must be path.py:function or one of resnet20"),
         (["--model", "resnet18(depth=3)", "--weights", "x.pth"], "--model must fit what resnet18 takes"),
         (["--model", "resnet18(1 + 1)", "--weights", "x.pth"], "--model must be a name, with literal arguments"),
-        (["--model", "resnet18", "--weights", "x.pth"], "path_or_state_dict must be an existing file"),
+        (["--model", "resnet18", "--weights", "x.pth"], "--weights must be an existing file"),
         (["--model", "nowhere.py:f", "--input-shape", "3,8,8"], "--model must name an existing file"),
         (["--model", "NET:none", "--input-shape", "3,8,8"], "must name a function of"),
         (["--model", "NET:number", "--input-shape", "3,8,8"], "must name a function of"),

@@ -12,6 +12,7 @@ from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods import hast, qat, synq
 from zsq_ext.methods.qat import Images, Job, QatConfig
 from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.modules import activation_quantizers
 from zsq_ext.synth.filters import LowPass as LowPassFilter
 from zsq_ext.synth.generator import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
@@ -170,6 +171,11 @@ def test_ranges_come_from_where_they_are_asked_to(teacher, ranges):
     assert [row["step"] for row in outcome.histories["ranges"]] == ([4] if ranges == "generator" else [])
     batches = {b.item() for n, b in outcome.student.named_buffers() if n.endswith(".batches")}
     assert batches == {4 if ranges == "generator" else 3}
+    curves = outcome.histories["calibration"]
+    assert [row["step"] for row in curves] == list(range(1, 5 if ranges == "generator" else 4))
+    final = [[end.item() for end in quantizer.range()] for quantizer in activation_quantizers(outcome.student)]
+    assert final == [list(pair) for pair in zip(curves[-1]["lo"], curves[-1]["hi"], strict=True)]
+    assert curves[0]["hi"] != curves[-1]["hi"]
 
 
 def test_given_images_need_neither_generation_nor_a_generator(teacher):

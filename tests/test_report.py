@@ -16,6 +16,7 @@ import zsq_ext as zsq
 from zsq_ext.core.progress import QUIET
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods import synq
+from zsq_ext.quant.modules import activation_quantizers
 from zsq_ext.quant.quality import Layer, Quality
 from zsq_ext.report import Accuracy, html, pictures, svg, write, write_report
 from zsq_ext.report.png import encode
@@ -218,6 +219,7 @@ def test_report_holds_every_section(run):
     assert {link[1:] for link in reader.links} <= reader.anchors
     for layer in result.quality.layers:
         assert html.text(layer.site) in page
+    assert page.count('class="spark"') == len(activation_quantizers(result.model)) > 0
     for term in ("hil", "bns", "kd", "kd perturbed", "cam"):
         assert f"</svg>{term}<" in page, term
     for words in (torch.__version__, "LowPass", "steps per epoch", "synq", f"{result.quality.agreement:.2f}"):

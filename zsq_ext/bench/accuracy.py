@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,24 @@ ABLATIONS = (
 
 
 class TestSet:
-    """The first images of a split, drawn once and kept as bytes."""
+    """The first images of a split, drawn when they are first asked for and kept as bytes."""
 
-    def __init__(self, count: int = TEST_IMAGES, split: str = "test", batch: int = 500) -> None:
-        self.batch = batch
-        self.pixels, self.labels = TexturedShapes(split).pixels(range(count))
+    def __init__(
+        self,
+        count: int = TEST_IMAGES,
+        split: str = "test",
+        batch: int = 500,
+        on_draw: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.count, self.split, self.batch, self._on_draw = count, split, batch, on_draw
+
+    @cached_property
+    def _drawn(self) -> tuple[Tensor, Tensor]:
+        self._on_draw()
+        return TexturedShapes(self.split).pixels(range(self.count))
 
     def __call__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, labels in zip(self.pixels.split(self.batch), self.labels.split(self.batch), strict=True):
+        for pixels, labels in zip(*(part.split(self.batch) for part in self._drawn), strict=True):
             yield SPEC.normalise(pixels.float().div_(255)), labels
 
 

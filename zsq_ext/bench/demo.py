@@ -168,7 +168,7 @@ class _Clock:
 
 def _top1(network: nn.Module, test: TestSet, title: str, progress: Progress) -> float:
     def watched() -> Iterator[tuple[Tensor, Tensor]]:
-        with progress.stage(title, len(test.labels)) as stage:
+        with progress.stage(title, test.count) as stage:
             for images, labels in test():
                 yield images, labels
                 stage.advance(len(labels))

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from zsq_ext.core.progress import Progress
+from zsq_ext.core.run import load_tensors
 from zsq_ext.core.spec import InputSpec
+from zsq_ext.methods.qat import Images
 from zsq_ext.tune.ideas import BY_NAME, Idea
 from zsq_ext.zoo import small_nets, teachers, textured_shapes, torchvision_nets
 from zsq_ext.zoo.adapters import load_checkpoint
@@ -110,7 +112,11 @@ def network(
         except TypeError as error:
             raise ValueError(f"--model must fit what {name} takes, got {text!r}: {error}") from error
     if weights is not None:
-        load_checkpoint(model, weights)
+        try:
+            load_checkpoint(model, weights)
+        except (ValueError, OSError) as error:
+            said = str(error).replace("load_checkpoint: path_or_state_dict", "--weights")
+            raise type(error)(said.removeprefix("load_checkpoint: ")) from error
     return Network(name, model.eval(), spec, trained=found is not None or weights is not None)
 
 
@@ -135,8 +141,8 @@ def data_set(text: str, progress: Progress, limit: int | None = None) -> Data:
         from zsq_ext.bench.accuracy import TestSet
 
         count = min(limit or textured_shapes.TEST_IMAGES, textured_shapes.TEST_IMAGES)
-        progress.say(f"drawing {count} test images")
-        return Data(name, textured_shapes.SPEC, count, TestSet(count, batch=BATCH))
+        test = TestSet(count, batch=BATCH, on_draw=lambda: progress.say(f"drawing {count} test images"))
+        return Data(name, textured_shapes.SPEC, count, test)
     if name not in readers or not place:
         raise ValueError(f"--data must be textured_shapes or {', '.join(f'{n}:DIR' for n in readers)}, got {text!r}")
     images = readers[name](place)
@@ -148,6 +154,19 @@ def data_set(text: str, progress: Progress, limit: int | None = None) -> Data:
             yield images.images(rows), images.labels[rows]
 
     return Data(name, images.spec, count, batches if count < len(images) else lambda: images.batches(BATCH))
+
+
+def images(path: Path) -> Images:
+    """The image set that ``--images`` names, as ``synthesize`` wrote it.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else.
+    """
+    tensors, _ = load_tensors(path)
+    wanted = ["held_out", "held_out_labels", "images", "labels"]
+    if sorted(tensors) != wanted:
+        raise ValueError(f"--images must hold the tensors {', '.join(wanted)}, got {', '.join(tensors)} in {path}")
+    return Images(tensors["images"], tensors["labels"], tensors["held_out"], tensors["held_out_labels"])
 
 
 def watched(data: Data, title: str, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:

@@ -55,6 +55,9 @@ def quantize(
     ] = None,
     placement: Annotated[str | None, typer.Option(help="Rounded activations: after_relu, all_layers.")] = None,
     edge_bits: Annotated[int | None, typer.Option(help="Bits of the first and last layer.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Use these instead of making images: what synthesize wrote, images.safetensors.")
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     data: DataName = None,
@@ -91,6 +94,7 @@ def quantize(
         ideas=ideas,
         placement=placement,
         edge_bits=edge_bits,
+        images=None if images is None else inputs.images(images),
         test=None if tested is None else tested.batches,
         seed=seed,
         device=inputs.device(device),

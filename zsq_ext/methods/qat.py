@@ -17,7 +17,7 @@ from zsq_ext.core.run import Run
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.core.steps import Terms
 from zsq_ext.quant.config import QConfig
-from zsq_ext.quant.modules import activation_quantizers, calibrating
+from zsq_ext.quant.modules import RangeTrace, activation_quantizers, calibrating
 from zsq_ext.synth.filters import LowPass as LowPassFilter
 from zsq_ext.synth.generator import GeneratorConfig, train_generator
 from zsq_ext.synth.objectives import (
@@ -70,6 +70,11 @@ class Images:
         """The same set on another device."""
         images, labels, held_out = self.images.to(device), self.labels.to(device), self.held_out.to(device)
         return Images(images, labels, held_out, self.held_out_labels.to(device), self.history)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file of images holds."""
+        names = ("images", "labels", "held_out", "held_out_labels")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -195,19 +200,26 @@ def calibration_centres(job: Job, config: QatConfig, teacher: Teacher) -> Tensor
     return centres
 
 
-def calibrate(job: Job, config: QatConfig, student: fx.GraphModule, images: Tensor) -> list[dict]:
-    """Finds the activation ranges, from the images or from a generator that is trained on the way (as released)."""
+def calibrate(job: Job, config: QatConfig, student: fx.GraphModule, images: Tensor) -> dict[str, list[dict]]:
+    """Finds the activation ranges, from the images or from a generator that is trained on the way (as released).
+
+    Returns:
+        Histories: ``"ranges"``, the generator's losses, and ``"calibration"``, the ranges by batch; empty where there
+        is no generator and no activation quantizer.
+    """
     if not activation_quantizers(student):
-        return []
+        return {"ranges": [], "calibration": []}
     with calibrating(student):
         if config.ranges == "generator" and job.given is None:  # given images are better than a generator's
+            trace = RangeTrace(student, config.generator.steps)
 
             def observe(batch: Tensor) -> None:
                 with torch.no_grad():
                     student(batch)
+                trace.record()
 
             buffers = {name: b for name, b in student.named_buffers() if name.startswith("quantizers.")}
-            return train_generator(
+            losses = train_generator(
                 job.run,
                 "ranges",
                 Teacher(job.teacher),
@@ -215,16 +227,17 @@ def calibrate(job: Job, config: QatConfig, student: fx.GraphModule, images: Tens
                 job.spec.shape,
                 config.generator,
                 on_images=observe,
-                extra_state=buffers,
+                extra_state={**buffers, "trace": trace.rows},
                 seed=job.seed,
                 progress=job.progress,
             )
-        _observe_images(job, config, student, images)
-    return []
+            return {"ranges": losses, "calibration": trace.history()}
+        return {"ranges": [], "calibration": _observe_images(job, config, student, images)}
 
 
 @torch.no_grad()
-def _observe_images(job: Job, config: QatConfig, student: fx.GraphModule, images: Tensor) -> None:
+def _observe_images(job: Job, config: QatConfig, student: fx.GraphModule, images: Tensor) -> list[dict]:
+    trace = RangeTrace(student, config.range_steps)
     filter_images = low_pass(config, job.spec, job.device, "step")
     with job.progress.stage("ranges", config.range_steps) as stage:
         for n in range(config.range_steps):
@@ -235,7 +248,9 @@ def _observe_images(job: Job, config: QatConfig, student: fx.GraphModule, images
             if filter_images is not None:
                 batch = filter_images(batch)
             student(batch.contiguous(memory_format=torch.channels_last))
+            trace.record()
             stage.advance()
+    return trace.history()
 
 
 def tune(job: Job, config: QatConfig, student: fx.GraphModule, images: Images) -> Tuned:

@@ -27,7 +27,7 @@ def run(job: Job, config: QatConfig) -> Outcome:
     student = prepare(job.teacher, job.qconfig)  # line 3: round the teacher to the bits that are asked for
     ranges = calibrate(job, config, student, filtered.images)
     tuned = tune(job, config, student, filtered)  # lines 4-9: KD + CE on easy samples + CAM alignment (eq. 6)
-    histories = {"images": images.history, "ranges": ranges, "tuning": tuned.history}
+    histories = {"images": images.history, **ranges, "tuning": tuned.history}
     return Outcome(student, images, histories, tuned.evaluations)
 
 

@@ -7,9 +7,14 @@ this graph; quantizers are inserted into it (``prepare.py``). Nothing else ever 
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import operator
+import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
@@ -67,7 +72,8 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
         own = _without_looking_hooks(own, example, expected)
         try:
             # a named dimension, because Dim.DYNAMIC lets a branch on the batch size narrow the sizes it holds for
-            program = export(own, (example.clone(),), dynamic_shapes=({0: Dim("batch")},), strict=False)
+            with _quiet_if_it_fails():
+                program = export(own, (example.clone(),), dynamic_shapes=({0: Dim("batch")},), strict=False)
         except _MODEL_ERRORS as error:
             raise NotImplementedError(_why_not(error, where())) from error
     module = _functional(program.module(check_guards=False))
@@ -214,9 +220,36 @@ def _why_not(error: BaseException, where: str) -> str:
             f"(use x.size(0) or -1 there), or a branch asks for the batch size: {rule[:300]}"
         )
     return (
-        f"capture: {where} cannot be captured as one graph; control flow must not depend on values: "
-        f"{_first_line(error)}"
+        f"capture: {where} cannot be captured as one graph{_line_of_the_model(error)}; control flow must not depend on "
+        f"values: {_first_line(error)}"
     )
+
+
+def _line_of_the_model(error: BaseException) -> str:
+    """Where the model's own code stood, as ", at file:line (code)", if it stood anywhere outside torch."""
+    libraries = (str(Path(torch.__file__).parent), __file__)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((*libraries, "<")):
+            return f", at {frame.filename}:{frame.lineno} ({frame.line})"
+    return ""
+
+
+@contextmanager
+def _quiet_if_it_fails() -> Iterator[None]:
+    """Keeps back what torch prints about a failed export, a whole graph: our message says what matters of it."""
+    printed = io.StringIO()
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(printed):
+            yield
+    except BaseException:
+        printed = io.StringIO()
+        raise
+    finally:
+        log.setLevel(level)
+        sys.stderr.write(printed.getvalue())
 
 
 def _functional(program: fx.GraphModule) -> fx.GraphModule:

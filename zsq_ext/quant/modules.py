@@ -147,6 +147,29 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             quantizer.observing = observing
 
 
+class RangeTrace:
+    """The activation ranges after every calibration batch, kept on the device until they are asked for.
+
+    Args:
+        model: a prepared network whose ranges have seen nothing yet.
+        batches: how many calibration batches there will be.
+    """
+
+    def __init__(self, model: nn.Module, batches: int) -> None:
+        self._quantizers = activation_quantizers(model)
+        self.rows = self._quantizers[0].lo.new_zeros(batches, len(self._quantizers), 2)
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Notes the ranges as they stand; no host synchronisation."""
+        ranges = torch.stack([torch.cat(quantizer.range()) for quantizer in self._quantizers])
+        self.rows.index_copy_(0, self._quantizers[0].batches.view(1) - 1, ranges[None])
+
+    def history(self) -> list[dict[str, Any]]:
+        """One {"step": n, "lo": [per site], "hi": [per site]} per batch, sites in execution order."""
+        return [{"step": n + 1, "lo": lo, "hi": hi} for n, (lo, hi) in enumerate(self.rows.transpose(1, 2).tolist())]
+
+
 def weight_range(weight: Tensor, axis: int, bits: int, kind: str) -> tuple[Tensor, Tensor] | None:
     """The frozen range a weight quantizer starts with; None where it follows the live weight."""
     if kind == "minmax":

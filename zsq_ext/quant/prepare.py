@@ -53,9 +53,14 @@ def plan(module: fx.GraphModule, config: QConfig) -> list[Site]:
     for name in config.sites:
         if name not in names:
             near = difflib.get_close_matches(name, sorted(names), 3)
-            hint = f"; close to it: {', '.join(near)}" if near else ""
-            raise ValueError(f"plan: sites must name sites of the network, got {name!r}{hint}")
+            hint = f"close to it: {', '.join(near)}" if near else f"they are {_some([site.name for site in sites])}"
+            raise ValueError(f"plan: sites must name sites of the network, got {name!r}; {hint}")
     return sites
+
+
+def _some(names: list[str]) -> str:
+    """The names, or the first few of many."""
+    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:6])}, ... {names[-1]} ({len(names)} in all)"
 
 
 def prepare(module: fx.GraphModule, config: QConfig) -> fx.GraphModule:

@@ -101,6 +101,7 @@ STYLE = (
     ".bar{display:inline-block;position:relative;width:9rem;height:.6em;background:var(--rule);border-radius:2px}"
     ".bar i{position:absolute;top:0;bottom:0;background:var(--fill);border-radius:2px;min-width:1px}"
     "img{max-width:100%;height:auto;image-rendering:pixelated;display:block;margin:.6rem 0}"
+    ".spark{width:6rem;height:1em;display:inline-block;vertical-align:middle}"
     "figure{margin:.6rem 0;max-width:44rem}figure>svg{width:100%;height:auto;display:block;overflow:visible}"
     "svg text{font-size:11px;fill:var(--soft)}.line{fill:none;stroke-width:1.6;stroke-linejoin:round}"
     ".dashed{stroke-dasharray:5 3}.dot{stroke:none}.grid{stroke:var(--rule)}.tick{stroke:var(--soft)}"

@@ -21,7 +21,7 @@ from zsq_ext.quant.modules import activation_quantizers
 from zsq_ext.quant.quality import Quality
 from zsq_ext.report import html, pictures, png
 from zsq_ext.report.html import Html
-from zsq_ext.report.svg import COLOURS, Line, chart
+from zsq_ext.report.svg import COLOURS, Line, chart, sparkline
 from zsq_ext.synth.filters import LowPass
 
 FILE = "report.html"
@@ -35,6 +35,7 @@ DIVERGED = "diverged"
 
 _STAGES = {"images": "Making the images", "ranges": "Training the range generator", "tuning": "Fine-tuning"}
 _VARIANT = "_perturbed"
+_CALIBRATION = "calibration"
 
 
 class Result(Protocol):
@@ -236,7 +237,8 @@ def _quality(results: Mapping[str, Result]) -> Html:
         rows.append((name, quality.images, f"{quality.agreement:.2f}", f"{quality.kl:.4g}"))
     words = (
         "Student against teacher on synthetic images that tuning never saw. Agreement is the share of images on which "
-        "both predict the same class; the divergence is the mean of KL(teacher || student)."
+        "both predict the same class; the divergence is the mean of KL(teacher || student). Neither is an accuracy: on "
+        "real images the two networks may agree less, or be wrong together."
     )
     header = ("run", "images", "agreement (%)", "divergence (nats)")
     return Html(html.table(header, rows, numeric=(1, 2, 3)) + html.note(words))
@@ -272,6 +274,7 @@ def _ranges(result: Result) -> Html:
     ranges = [tuple(bound.item() for bound in quantizer.range()) for quantizer in quantizers]
     low, high = min(0.0, *(lo for lo, _ in ranges)), max(0.0, *(hi for _, hi in ranges))
     span = high - low or 1.0
+    curves = _range_curves(result, len(quantizers))
     rows = [
         (
             quantizer.name,
@@ -280,17 +283,32 @@ def _ranges(result: Result) -> Html:
             f"{hi:.4g}",
             f"{quantizer.params()[0].item():.4g}",
             html.bar((lo - low) / span, (hi - low) / span),
+            *curve,
         )
-        for quantizer, (lo, hi) in zip(quantizers, ranges, strict=True)
+        for quantizer, (lo, hi), curve in zip(quantizers, ranges, curves, strict=True)
     ]
     words = f"The range each activation is rounded in; the bars share one axis from {low:.4g} to {high:.4g}."
-    return Html(html.note(words) + html.table(("site", "bits", "low", "high", "step", ""), rows, numeric=(1, 2, 3, 4)))
+    header = ["site", "bits", "low", "high", "step", ""]
+    batches = len(result.histories.get(_CALIBRATION, ()))
+    if batches:
+        header.append("high, by batch")
+        words += f" The curve is the upper bound over the {batches} calibration batches, from 0 to its own maximum."
+    return Html(html.note(words) + html.table(header, rows, numeric=(1, 2, 3, 4)))
+
+
+def _range_curves(result: Result, sites: int) -> list[list[Html]]:
+    """Per site the cell with its upper bound over the calibration batches; no cell where nothing was recorded."""
+    history = result.histories.get(_CALIBRATION, ())
+    if not history:
+        return [[] for _ in range(sites)]
+    curves = zip(*(row["hi"] for row in history), strict=True)
+    return [[Html(sparkline(curve, 0.0, max(curve)))] for curve in curves]
 
 
 def _losses(result: Result) -> Html:
     parts = []
     for stage, history in result.histories.items():
-        if not history:
+        if not history or stage == _CALIBRATION:  # ranges, not losses: they have a section of their own
             continue
         batches = len({row.get("batch", 0) for row in history})
         words = f", mean of {batches} batches" if batches > 1 else ""
@@ -343,7 +361,7 @@ def _images(result: Result) -> Html:
         if share is None
         else f"{share:.1f} % of the values lie outside the valid range and are clipped here."
     )
-    words = f"{len(pixels)} of {len(result.images)} images, one of each class in label order; {clipped}"
+    words = f"{len(pixels)} of {len(result.images)} images, in turn one of each class, in label order; {clipped}"
     return Html(html.image(png.encode(drawn), drawn.shape[1] * scale, "synthetic images") + html.note(words))
 
 

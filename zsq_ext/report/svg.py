@@ -63,6 +63,19 @@ def chart(lines: Sequence[Line], x_label: str, y_label: str, log: bool = False) 
     return f"<figure>{_legend(lines, shown) if len(lines) > 1 else ''}{''.join(parts)}</figure>"
 
 
+def sparkline(y: Sequence[float], low: float, high: float) -> str:
+    """A curve the size of a word, without axes, for a table's cell.
+
+    Args:
+        y: its values; those that are not finite are left out.
+        low, high: what the lower and the upper edge stand for.
+    """
+    points = [(n, value) for n, value in enumerate(y) if math.isfinite(value)]
+    span, last = (high - low) or 1.0, max(len(y) - 1, 1)
+    path = " ".join(f"{1 + 98 * n / last:.1f},{15 - 14 * (value - low) / span:.1f}" for n, value in points)
+    return f'<svg class="spark" viewBox="0 0 100 16"><polyline class="line c0" points="{path}"/></svg>'
+
+
 def _visible(line: Line, log: bool) -> list[tuple[float, float]]:
     pairs = zip(line.x, line.y, strict=True)
     return [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y) and not (log and y <= 0)]

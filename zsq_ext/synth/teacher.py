@@ -41,7 +41,7 @@ class Teacher:
         if not taps:
             raise ValueError(
                 "Teacher: the model must have batch norms with running statistics to make images from, got none; "
-                "pass images=... to tune on images of your own"
+                "pass images=... to use images of your own"
             )
         self.module = module
         self._tapped = with_taps(module, [tap.input for tap in taps])

@@ -1,0 +1,190 @@
+"""What a caller may hand in: every check is made before any work begins."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from zsq_ext import methods
+from zsq_ext.core.rng import stream
+from zsq_ext.core.spec import InputSpec
+from zsq_ext.methods.qat import Images, QatConfig, hold_out
+from zsq_ext.quant.capture import capture
+from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.prepare import plan
+from zsq_ext.synth.generator import Generator
+from zsq_ext.synth.teacher import Teacher
+from zsq_ext.tune.distill import Distiller
+from zsq_ext.tune.ideas import Idea, merge
+
+TUNES = ("qat", "none")
+
+
+@contextmanager
+def speaking_as(function: str) -> Iterator[None]:
+    """Bad input is reported in the name of the function that was called, whichever floor noticed it."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        said = re.match(r"\w+: (.*)", str(error), re.DOTALL)
+        if said is None:
+            raise
+        kinds = (NotImplementedError, TypeError, ValueError)
+        raise next(kind for kind in kinds if isinstance(error, kind))(f"{function}: {said[1]}") from error
+
+
+def settings_of(
+    chosen: methods.Method,
+    preset: str,
+    profile: str | None,
+    tune: str | None,
+    ideas: tuple[Idea, ...],
+    config: QatConfig | None,
+) -> QatConfig:
+    if preset not in methods.PRESETS:
+        raise ValueError(f"quantize: preset must be one of {', '.join(methods.PRESETS)}, got {preset!r}")
+    profile = profile or chosen.profiles[0]
+    if profile not in chosen.profiles:
+        raise ValueError(f"quantize: profile must be one of {', '.join(chosen.profiles)}, got {profile!r}")
+    if tune is not None and tune not in TUNES:
+        raise ValueError(f"quantize: tune must be one of {', '.join(TUNES)}, got {tune!r}")
+    settings = config or chosen.config(preset, profile)
+    if not isinstance(settings, QatConfig):
+        raise TypeError(f"quantize: config must be a QatConfig, got {type(settings).__name__}")
+    if isinstance(ideas, Idea):
+        ideas = (ideas,)
+    if ideas:
+        distill = replace(settings.distill, ideas=merge(settings.distill.ideas, tuple(ideas)))
+        settings = replace(settings, distill=distill)
+    if tune == "none":
+        settings = replace(settings, tune=replace(settings.tune, epochs=0))
+    return settings
+
+
+def enter(
+    model: nn.Module,
+    input_shape: Sequence[int] | None,
+    input_spec: InputSpec | None,
+    num_classes: int | None,
+    device: torch.device | str | None,
+) -> tuple[fx.GraphModule, InputSpec]:
+    """Checks the model and its input, and captures it on the device to work on."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize: model must be a torch.nn.Module, got {type(model).__name__}")
+    spec = _spec(input_shape, input_spec)
+    wanted = num_classes if num_classes is not None else spec.num_classes
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise TypeError(f"quantize: model must have float32 weights, got {tensor.dtype} in '{name}'")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"quantize: model must have finite weights, got NaN or infinity in '{name}'")
+    if device is not None:
+        model = _on(model, device)
+    example = example_for(model, spec.shape)
+    teacher = capture(model, example)
+    classes = int(teacher(example).shape[1])
+    if wanted is not None and wanted != classes:
+        raise ValueError(f"quantize: num_classes must be the model's {classes} outputs, got {wanted}")
+    teacher = teacher.to(device=example.device, memory_format=torch.channels_last)
+    return teacher, replace(spec, num_classes=classes)
+
+
+def _spec(input_shape: Sequence[int] | None, input_spec: InputSpec | None) -> InputSpec:
+    if input_spec is not None:
+        if input_shape is not None:
+            raise ValueError("quantize: input_shape must be left out where input_spec is given, got both")
+        if not isinstance(input_spec, InputSpec):
+            raise TypeError(f"quantize: input_spec must be an InputSpec, got {type(input_spec).__name__}")
+        return input_spec
+    try:
+        return InputSpec(tuple(input_shape or ()))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"quantize: input_shape must be three positive integers (C, H, W), got {input_shape!r}"
+        ) from error
+
+
+def _on(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """The model itself, or a copy if it lives elsewhere."""
+    try:
+        example = torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"quantize: device must be one that torch can use here, got {device!r}: {reason}") from error
+    parameter = next(model.parameters(), None)
+    return model if parameter is None or parameter.device == example.device else copy.deepcopy(model).to(device)
+
+
+def example_for(model: nn.Module, shape: tuple[int, int, int]) -> Tensor:
+    """An input batch on the model's device; two images, because a batch of one would be taken for a constant."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError("quantize: model must have parameters to quantize, got none")
+    return torch.zeros(2, *shape, device=parameter.device)
+
+
+def given_images(
+    images: Tensor | Images | None, labels: Tensor | None, teacher: fx.GraphModule, spec: InputSpec, seed: int
+) -> Images | None:
+    """The user's images, checked, on the teacher's device."""
+    if images is None:
+        if labels is not None:
+            raise ValueError("quantize: labels must come with images, got labels alone")
+        return None
+    device = next(teacher.parameters()).device
+    if isinstance(images, Images):
+        if labels is not None:
+            raise ValueError("quantize: labels must be left out where images bring their own, got both")
+        _check_images(images.images, images.labels, spec)
+        if len(images.held_out):
+            _check_images(images.held_out, images.held_out_labels, spec)
+        return images.to(device)
+    _check_images(images, labels, spec)
+    images = images.detach().to(device)
+    if labels is None:
+        with torch.no_grad():
+            labels = torch.cat([teacher(chunk).argmax(1) for chunk in images.split(256)])
+    # at random, because data sets often come sorted by label
+    order = torch.randperm(len(images), generator=stream(seed, "held out")).to(device)
+    return hold_out(images[order], labels.to(device)[order], min(256, len(images) // 8))
+
+
+def _check_images(images: Tensor, labels: Tensor | None, spec: InputSpec) -> None:
+    if not isinstance(images, Tensor) or images.dtype != torch.float32:
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"quantize: images must be a float32 tensor in the network's normalised space, got {got}")
+    if images.ndim != 4 or tuple(images.shape[1:]) != spec.shape or len(images) == 0:
+        shape = ", ".join(map(str, spec.shape))
+        raise ValueError(f"quantize: images must have shape (N, {shape}) with N >= 1, got {tuple(images.shape)}")
+    if not bool(images.isfinite().all()):
+        raise ValueError("quantize: images must be finite, got NaN or infinity")
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"quantize: labels must be an int64 tensor, got {got}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"quantize: labels must have shape ({len(images)},), got {tuple(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= int(spec.num_classes or 0):
+        raise ValueError(f"quantize: labels must be in [0, {spec.num_classes}), got {low} to {high}")
+
+
+def check_early(
+    teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, settings: QatConfig, given: Images | None
+) -> None:
+    """What would otherwise be noticed only after the images were made."""
+    plan(teacher, qconfig)
+    if given is None:
+        if settings.source != "noise":
+            Teacher(teacher)  # refuses a network that images cannot be made from
+        if settings.ranges == "generator" and qconfig.a_bits is not None:
+            Generator.check(spec.shape)
+    if settings.tune.epochs > 0:
+        Distiller(teacher, teacher, settings.distill)

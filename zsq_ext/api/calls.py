@@ -1,0 +1,231 @@
+"""The two calls that work: quantize, and synthesize for the images alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from zsq_ext import methods, report
+from zsq_ext.api.arguments import check_early, enter, given_images, settings_of, speaking_as
+from zsq_ext.api.result import Batches, Result, evaluate
+from zsq_ext.core.progress import Progress
+from zsq_ext.core.run import Run, fingerprint
+from zsq_ext.core.spec import InputSpec
+from zsq_ext.methods.qat import Images, Job, QatConfig, synthesise
+from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.quality import measure
+from zsq_ext.synth.teacher import Teacher
+from zsq_ext.tune.ideas import Idea, to_dict
+
+
+def quantize(
+    model: nn.Module,
+    method: str = "synq",
+    *,
+    w_bits: int,
+    a_bits: int | None,
+    input_shape: Sequence[int] | None = None,
+    input_spec: InputSpec | None = None,
+    num_classes: int | None = None,
+    preset: str = "smoke",
+    profile: str | None = None,
+    tune: str | None = None,
+    ideas: tuple[Idea, ...] = (),
+    placement: str | None = None,
+    edge_bits: int | None = None,
+    sites: Mapping[str, int] | None = None,
+    config: QatConfig | None = None,
+    images: Tensor | Images | None = None,
+    labels: Tensor | None = None,
+    test: Batches | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Turns a trained network into a low-bit one without any of its training data.
+
+    Args:
+        model: the trained network: one image batch in, logits (N, K) out. It is not touched.
+        method: ``"synq"``, ``"hast"``, or a control: ``"minmax"`` (no tuning), ``"noise"``.
+        w_bits: bits of the weights, 2 to 8.
+        a_bits: bits of the activations, 2 to 8; None quantizes the weights only.
+        input_shape: (C, H, W) of an image; or give ``input_spec``.
+        input_spec: shape and normalisation of the input.
+        num_classes: number of labels; read off the model's output if left out.
+        preset: size of the run: ``"smoke"``, minutes to see it work; ``"cifar"`` and ``"imagenet"``, the literature's.
+        profile: the variant where a paper and its released code differ, for ``"synq"``: ``"repo"`` or ``"paper"``.
+        tune: how the images are used: ``"qat"`` or ``"none"``; None leaves it to the method.
+        ideas: published ideas to add to the method, such as ``LowPass(d0=8)``; one of a kind replaces the method's own.
+        placement, edge_bits, sites: see ``QConfig``; None leaves them to the method.
+        config: all hyperparameters at once, instead of ``preset`` and ``profile``.
+        images, labels: use these instead of making images: what ``synthesize`` returned, or a tensor (N, C, H, W) in
+            normalised space, of which an eighth (up to 256) is held out from tuning. Without labels, (N,) int64, the
+            teacher's predictions are taken.
+        test: test data for the per-epoch accuracy in ``evaluations``; it decides nothing.
+        seed: of every random stream of the run.
+        device: where to work; the model's device if left out.
+        out: a folder for checkpoints, images, the model and the report; None keeps nothing on disk.
+        resume: continue the run that ``out`` holds.
+        progress: where to report; a bar or plain lines on standard error if left out.
+
+    Returns:
+        The quantized network with its images, label-free quality and records.
+
+    Raises:
+        ValueError: an argument is out of its range or does not fit the model, naming it.
+        NotImplementedError: the model cannot be captured, naming the module.
+        Diverged: a loss stopped being finite, with the step, the term and what to try.
+
+    Example:
+        >>> result = zsq.quantize(model, "synq", w_bits=4, a_bits=4, input_shape=(3, 32, 32), preset="smoke")
+        >>> result.save("w4a4.safetensors")
+    """
+    begin = time.perf_counter()
+    with speaking_as("quantize"):
+        chosen = methods.get(method)
+        qconfig = QConfig(
+            w_bits,
+            a_bits,
+            placement=placement or chosen.placement,
+            edge_bits=edge_bits if edge_bits is not None else chosen.edge_bits,
+            sites=sites or {},
+        )
+        settings = settings_of(chosen, preset, profile, tune, ideas, config)
+        teacher, spec = enter(model, input_shape, input_spec, num_classes, device)
+        given = given_images(images, labels, teacher, spec, seed)
+        check_early(teacher, spec, qconfig, settings, given)
+        names = _names(chosen, method, preset, profile, config)
+        job = _job(
+            teacher, spec, qconfig, settings, names, seed, out, resume, progress or Progress(), given, _evaluator(test)
+        )
+    outcome = chosen.run(job, settings)
+    evaluations = outcome.evaluations
+    if test is not None and not evaluations:
+        evaluations = [{"epoch": 0, "top1": evaluate(outcome.student, test())}]
+    held_out = outcome.images.held_out if len(outcome.images.held_out) else outcome.images.images[:256]
+    result = Result(
+        model=outcome.student.eval(),
+        images=outcome.images.images,
+        labels=outcome.images.labels,
+        quality=measure(teacher, outcome.student, qconfig, held_out),
+        spec=spec,
+        qconfig=qconfig,
+        config=job.run.config,
+        histories=outcome.histories,
+        evaluations=evaluations,
+        seconds=time.perf_counter() - begin,
+        measure_teacher=None if test is None else lambda: evaluate(teacher, test()),
+    )
+    _keep(job.run, result, outcome.images)
+    return result
+
+
+def synthesize(
+    model: nn.Module,
+    method: str = "synq",
+    *,
+    input_shape: Sequence[int] | None = None,
+    input_spec: InputSpec | None = None,
+    num_classes: int | None = None,
+    preset: str = "smoke",
+    profile: str | None = None,
+    config: QatConfig | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Images:
+    """Makes a method's synthetic images and stops there. Arguments as for ``quantize``.
+
+    Returns:
+        The images and labels, the part for tuning and the part held out.
+    """
+    with speaking_as("synthesize"):
+        chosen = methods.get(method)
+        settings = settings_of(chosen, preset, profile, None, (), config)
+        teacher, spec = enter(model, input_shape, input_spec, num_classes, device)
+        if settings.source != "noise":
+            Teacher(teacher)  # refuses a network that images cannot be made from
+        names = _names(chosen, method, preset, profile, config)
+        # images do not depend on the bits; any configuration stands for all
+        job = _job(teacher, spec, QConfig(8, 8), settings, names, seed, out, resume, progress or Progress())
+    made = synthesise(job, settings)
+    job.run.save("images", made.tensors(), {"spec": spec.to_dict()})
+    return made
+
+
+def _names(
+    chosen: methods.Method, method: str, preset: str, profile: str | None, config: QatConfig | None
+) -> dict[str, str | None]:
+    """What the run calls itself; a configuration made by hand is no preset and no profile."""
+    if config is not None:
+        return {"method": method, "preset": None, "profile": None}
+    return {"method": method, "preset": preset, "profile": profile or chosen.profiles[0]}
+
+
+def _job(
+    teacher: fx.GraphModule,
+    spec: InputSpec,
+    qconfig: QConfig,
+    settings: QatConfig,
+    names: Mapping[str, str | None],
+    seed: int,
+    out: str | os.PathLike[str] | None,
+    resume: bool,
+    progress: Progress,
+    given: Images | None = None,
+    evaluate: Callable[[fx.GraphModule], float] | None = None,
+) -> Job:
+    """The job, with a run folder that belongs to exactly this configuration."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"quantize: seed must be an integer, got {seed!r}")
+    hyperparameters = dataclasses.asdict(settings)
+    hyperparameters["distill"]["ideas"] = [to_dict(idea) for idea in settings.distill.ideas]
+    decided_by = {
+        **names,
+        "hyperparameters": hyperparameters,
+        "qconfig": qconfig.to_dict(),
+        "spec": spec.to_dict(),
+        "seed": seed,
+        "model": fingerprint(teacher.state_dict()),
+        "images": None if given is None else _fingerprint_of(given),
+    }
+    run = Run(out, decided_by, resume=resume)
+    return Job(run, teacher, spec, qconfig, seed, progress, evaluate, given)
+
+
+def _fingerprint_of(given: Images) -> str:
+    return fingerprint({"images": given.images, "labels": given.labels, "held_out": given.held_out})
+
+
+def _evaluator(test: Batches | None) -> Callable[[fx.GraphModule], float] | None:
+    return None if test is None else lambda student: evaluate(student, test())
+
+
+def _keep(run: Run, result: Result, images: Images) -> None:
+    """Puts the result into the run folder, if there is one."""
+    if run.folder is None:
+        return
+    result.save(run.folder / "model.safetensors")
+    run.save("images", images.tensors(), {"spec": result.spec.to_dict()})
+    run.write_json(
+        "result.json",
+        {
+            "teacher_top1": result.teacher_top1,
+            "top1_last": result.top1_last,
+            "top1_best": result.top1_best,
+            "evaluations": result.evaluations,
+            "quality": result.quality.to_dict(),
+            "histories": dict(result.histories),
+            "seconds": result.seconds,
+        },
+    )
+    report.write(result, run.folder)

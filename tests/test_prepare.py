@@ -152,7 +152,7 @@ def test_single_sites_come_before_everything_else(teacher):
 def test_an_unknown_site_is_refused_with_its_neighbours(teacher):
     with pytest.raises(ValueError, match=r"sites of the network, got 'conv1.weight'; close to it: conv.weight"):
         plan(teacher, QConfig(4, 4, sites={"conv1.weight": 4}))
-    with pytest.raises(ValueError, match="got 'zzz'; they are stem.weight, conv.weight, fc.weight, relu1:relu, relu2:hardtanh$"):
+    with pytest.raises(ValueError, match=r"got 'zzz'; they are stem.weight, conv.weight, .*, relu2:hardtanh$"):
         plan(teacher, QConfig(4, 4, sites={"zzz": 4}))
     with pytest.raises(ValueError, match="got 'relu1:relu'"):  # there, but for another configuration
         plan(teacher, QConfig(4, None, sites={"relu1:relu": 4}))

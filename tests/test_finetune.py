@@ -9,7 +9,7 @@ import torch
 from zsq_ext.core.progress import QUIET
 from zsq_ext.core.rng import stream
 from zsq_ext.core.run import Run
-from zsq_ext.core.steps import Diverged
+from zsq_ext.core.steps import Diverged, Stage
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import calibrating
 from zsq_ext.quant.prepare import prepare
@@ -32,9 +32,8 @@ def calibrated(teacher):
 
 def tune(teacher, student, config=QUICK, run=None, loss=None, **more):
     loss = loss or Distiller(teacher, student, DistillConfig())
-    return finetune(
-        run or Run(None, {}), "tuning", student, IMAGES, LABELS, loss, config, seed=0, progress=QUIET, **more
-    )
+    stage = Stage(run or Run(None, {}), "tuning", 0, QUIET)
+    return finetune(stage, student, IMAGES, LABELS, loss, config, **more)
 
 
 def same(one, two):

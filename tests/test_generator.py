@@ -9,6 +9,7 @@ from torch import nn
 
 from zsq_ext.core.progress import QUIET
 from zsq_ext.core.run import Run
+from zsq_ext.core.steps import Stage
 from zsq_ext.synth.generator import Generator, GeneratorConfig, train_generator
 from zsq_ext.synth.teacher import Teacher
 
@@ -22,16 +23,13 @@ def frozen(teacher):
 
 def train(frozen, run=None, on_images=lambda _: None, extra=None, config=QUICK, seed=0):
     return train_generator(
-        run or Run(None, {}),
-        "ranges",
+        Stage(run or Run(None, {}), "ranges", seed, QUIET),
         frozen,
         5,
         (3, 8, 8),
         config,
         on_images=on_images,
         extra_state=extra or {},
-        seed=seed,
-        progress=QUIET,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from zsq_ext.core.progress import QUIET
 from zsq_ext.core.rng import stream
 from zsq_ext.core.run import Run
-from zsq_ext.core.steps import Diverged
+from zsq_ext.core.steps import Diverged, Stage
 from zsq_ext.synth.objectives import bn_statistics_loss, cross_entropy
 from zsq_ext.synth.pixels import PixelConfig, Plateau, make_images
 from zsq_ext.synth.teacher import Teacher
@@ -34,7 +34,8 @@ def objective_of(teacher, watch=None):
 
 def make(teacher, run=None, config=QUICK, watch=None, seed=0, name="images", shape=(3, 8, 8)):
     objective = objective_of(teacher, watch)
-    return make_images(run or Run(None, {}), name, teacher, LABELS, shape, objective, config, seed=seed, progress=QUIET)
+    stage = Stage(run or Run(None, {}), name, seed, QUIET)
+    return make_images(stage, teacher, LABELS, shape, objective, config)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,7 @@ def test_batches_do_not_depend_on_each_other(frozen):
     """The first four images are the same whether two more follow or not."""
     images, _ = make(frozen)
     objective = objective_of(frozen)
-    alone, _ = make_images(
-        Run(None, {}), "images", frozen, LABELS[:4], (3, 8, 8), objective, QUICK, seed=0, progress=QUIET
-    )
+    alone, _ = make_images(Stage(Run(None, {}), "images", 0, QUIET), frozen, LABELS[:4], (3, 8, 8), objective, QUICK)
     assert torch.equal(images[:4], alone)
 
 
@@ -200,7 +199,7 @@ def test_divergence_stops_with_advice(frozen):
         return {"ce": cross_entropy(seen.logits, seen.labels) * float("nan")}
 
     with pytest.raises(Diverged, match=r"images-0: loss term 'ce' is not finite at step 0\. Try a lower learning rate"):
-        make_images(Run(None, {}), "images", frozen, LABELS, (3, 8, 8), objective, QUICK, seed=0, progress=QUIET)
+        make_images(Stage(Run(None, {}), "images", 0, QUIET), frozen, LABELS, (3, 8, 8), objective, QUICK)
 
 
 def test_the_teacher_shows_what_enters_its_batch_norms(teacher, frozen, nets):

@@ -8,7 +8,7 @@ import torch
 from zsq_ext.core.progress import QUIET
 from zsq_ext.core.rng import stream
 from zsq_ext.core.run import Run, load_tensors
-from zsq_ext.core.steps import READ_EVERY, Diverged, State, end_stage, run_steps
+from zsq_ext.core.steps import READ_EVERY, Diverged, Stage, State, end_stage, run_steps
 
 ADVICE = "Try something else."
 
@@ -37,7 +37,7 @@ class Toy:
 
 
 def go(run, toy, count=35, step=None, **more):
-    return run_steps(run, "toy", count, step or toy.step, toy.state, progress=QUIET, advice=ADVICE, **more)
+    return run_steps(Stage(run, "toy", 0, QUIET), count, step or toy.step, toy.state, advice=ADVICE, **more)
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
@@ -90,7 +90,7 @@ def test_a_finished_stage_is_not_repeated(tmp_path):
     assert go(run, again) == history
     assert again.steps == []
     assert torch.equal(again.x, first.x)
-    end_stage(run, "toy")
+    end_stage(Stage(run, "toy", 0, QUIET))
     assert run.load("checkpoint-toy") is None
 
 
@@ -138,7 +138,7 @@ def test_the_first_term_to_break_is_named():
         }
 
     with pytest.raises(Diverged, match="loss term 'b' is not finite at step 4"):
-        run_steps(Run(None, {}), "s", 10, step, State({}), progress=QUIET, advice="")
+        run_steps(Stage(Run(None, {}), "s", 0, QUIET), 10, step, State({}), advice="")
 
 
 def test_terms_that_come_and_go_are_watched_too():
@@ -146,7 +146,7 @@ def test_terms_that_come_and_go_are_watched_too():
         return {"a": torch.tensor(math.nan if n == 2 else 0.0)} if n < 5 else {"b": torch.tensor(0.0)}
 
     with pytest.raises(Diverged, match="loss term 'a' is not finite at step 2"):
-        run_steps(Run(None, {}), "s", 10, step, State({}), progress=QUIET, advice="")
+        run_steps(Stage(Run(None, {}), "s", 0, QUIET), 10, step, State({}), advice="")
 
 
 @pytest.mark.parametrize(("when", "count"), [(19, 40), (34, 35)])

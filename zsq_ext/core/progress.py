@@ -12,7 +12,7 @@ LINE_SECONDS = 10.0
 """Without a terminal, one line per stage at most this often."""
 
 
-class Stage(Protocol):
+class Meter(Protocol):
     """One piece of work that is under way."""
 
     def advance(self, steps: int = 1, note: str = "") -> None: ...
@@ -31,7 +31,7 @@ class Progress:
         self.file = file or sys.stderr
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Meter]:
         """A stage of ``total`` steps, the first ``done`` of them from an earlier run; advance it inside the block."""
         if self.quiet or total <= 0:
             yield _Silent()
@@ -47,7 +47,7 @@ class Progress:
         if not self.quiet:
             print(text, file=self.file, flush=True)
 
-    def _bar(self, name: str, total: int, done: int) -> Iterator[Stage]:
+    def _bar(self, name: str, total: int, done: int) -> Iterator[Meter]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars

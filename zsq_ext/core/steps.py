@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zsq_ext.core.progress import Progress
+from zsq_ext.core.rng import stream
 from zsq_ext.core.run import Run
 
 READ_EVERY = 10
@@ -17,6 +19,29 @@ READ_EVERY = 10
 
 Terms = dict[str, Tensor]
 """Loss terms by name, each a 0-d tensor."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One named part of a run: checkpoints, random streams and the progress bar go by its name.
+
+    ``title`` is what the progress bar says, the name by default.
+    """
+
+    run: Run
+    name: str
+    seed: int
+    progress: Progress
+    title: str = ""
+
+    def stream(self, what: str, step: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+        """The random stream of one purpose in this stage; see ``core.rng.stream``."""
+        return stream(self.seed, f"{self.name}/{what}", step, device)
+
+    def part(self, index: int, of: int) -> Stage:
+        """One of several parts that are run one after the other."""
+        title = self.name if of == 1 else f"{self.name} {index + 1}/{of}"
+        return replace(self, name=f"{self.name}-{index}", title=title)
 
 
 class Diverged(RuntimeError):
@@ -84,18 +109,15 @@ class State:
 
 
 def run_steps(
-    run: Run,
-    name: str,
+    stage: Stage,
     count: int,
     step: Callable[[int], Terms],
     state: State,
     *,
-    progress: Progress,
     advice: str,
-    title: str | None = None,
     after: Callable[[int], dict[str, Any] | None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs ``step(0) ... step(count - 1)``, continuing from a checkpoint of that name if the run holds one.
+    """Runs ``step(0) ... step(count - 1)``, continuing from the stage's checkpoint if the run holds one.
 
     Every ``READ_EVERY`` steps one transfer brings back the last losses and, per term, the first step at which it was
     not finite. A checkpoint is only written after such a look and a look at the state itself (a finite loss can have a
@@ -103,14 +125,11 @@ def run_steps(
     repeats no finished stage.
 
     Args:
-        run: where checkpoints go.
-        name: the stage's name, for its checkpoint and its errors.
+        stage: where checkpoints go and who reports.
         count: number of steps.
         step: does one step and returns its loss terms; it must depend on the step number and ``state`` alone.
         state: what ``step`` changes.
-        progress: where to report.
         advice: what a person should try if the stage diverges.
-        title: what the progress bar says; the name by default.
         after: called behind every step; what it returns, if anything, becomes a row of the history.
 
     Returns:
@@ -120,6 +139,7 @@ def run_steps(
         Diverged: a term or the state was not finite, with the step, its name and the advice.
         ValueError: the checkpoint is damaged or belongs to another run.
     """
+    run, name = stage.run, stage.name
     begin: Any = 0
     history: Any = []
     held = run.load(f"checkpoint-{name}")
@@ -131,7 +151,7 @@ def run_steps(
         state.load(tensors)
     guard = _Guard(name, advice)
     saved_at = time.monotonic()
-    with progress.stage(title or name, count, begin) as stage:
+    with stage.progress.stage(stage.title or name, count, begin) as meter:
         for n in range(begin, count):
             guard.watch(n, step(n))
             look = (n + 1) % READ_EVERY == 0 or n + 1 == count
@@ -142,7 +162,7 @@ def run_steps(
             if row is not None:
                 history.append({"step": n + 1, **row})
             note = f"loss {sum(values.values()):.4g}" if values else ""
-            stage.advance(1, note)
+            meter.advance(1, note)
             last = n + 1 == count
             if last or (look and run.folder is not None and time.monotonic() - saved_at >= run.checkpoint_seconds):
                 broken = state.not_finite()
@@ -155,9 +175,9 @@ def run_steps(
     return history
 
 
-def end_stage(run: Run, name: str) -> None:
+def end_stage(stage: Stage) -> None:
     """Removes a stage's checkpoint once its result is safe elsewhere."""
-    run.remove(f"checkpoint-{name}")
+    stage.run.remove(f"checkpoint-{stage.name}")
 
 
 class _Guard:

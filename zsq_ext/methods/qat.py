@@ -15,7 +15,7 @@ from zsq_ext.core.progress import Progress
 from zsq_ext.core.rng import stream
 from zsq_ext.core.run import Run
 from zsq_ext.core.spec import InputSpec
-from zsq_ext.core.steps import Terms
+from zsq_ext.core.steps import Stage, Terms
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import RangeTrace, activation_quantizers, calibrating
 from zsq_ext.synth.filters import LowPass as LowPassFilter
@@ -46,6 +46,10 @@ class Job:
     progress: Progress
     evaluate: Callable[[fx.GraphModule], float] | None = None
     given: Images | None = None  # used instead of making images
+
+    def stage(self, name: str) -> Stage:
+        """A named part of the run."""
+        return Stage(self.run, name, self.seed, self.progress)
 
     @property
     def device(self) -> torch.device:
@@ -133,17 +137,7 @@ def synthesise(job: Job, config: QatConfig) -> Images:
     teacher = Teacher(job.teacher)
     centres = calibration_centres(job, config, teacher) if config.centres else None
     objective = inception(config, teacher, centres)
-    images, history = make_images(
-        job.run,
-        "images",
-        teacher,
-        labels,
-        job.spec.shape,
-        objective,
-        config.pixels,
-        seed=job.seed,
-        progress=job.progress,
-    )
+    images, history = make_images(job.stage("images"), teacher, labels, job.spec.shape, objective, config.pixels)
     made = hold_out(images, labels, config.held_out, history)
     if centres is None or config.lbns > 0:
         return made
@@ -186,17 +180,7 @@ def calibration_centres(job: Job, config: QatConfig, teacher: Teacher) -> Tensor
         return {"ce": 5 * cross_entropy(seen.logits, seen.labels), "bns": bns}
 
     labels = torch.arange(job.num_classes, device=job.device)
-    centres, _ = make_images(
-        job.run,
-        "centres",
-        teacher,
-        labels,
-        job.spec.shape,
-        objective,
-        config.centre_pixels,
-        seed=job.seed,
-        progress=job.progress,
-    )
+    centres, _ = make_images(job.stage("centres"), teacher, labels, job.spec.shape, objective, config.centre_pixels)
     return centres
 
 
@@ -220,16 +204,13 @@ def calibrate(job: Job, config: QatConfig, student: fx.GraphModule, images: Tens
 
             buffers = {name: b for name, b in student.named_buffers() if name.startswith("quantizers.")}
             losses = train_generator(
-                job.run,
-                "ranges",
+                job.stage("ranges"),
                 Teacher(job.teacher),
                 job.num_classes,
                 job.spec.shape,
                 config.generator,
                 on_images=observe,
                 extra_state={**buffers, "trace": trace.rows},
-                seed=job.seed,
-                progress=job.progress,
             )
             return {"ranges": losses, "calibration": trace.history()}
         return {"ranges": [], "calibration": _observe_images(job, config, student, images)}
@@ -256,15 +237,12 @@ def _observe_images(job: Job, config: QatConfig, student: fx.GraphModule, images
 def tune(job: Job, config: QatConfig, student: fx.GraphModule, images: Images) -> Tuned:
     """Stage B: the student learns the teacher's answers on the images."""
     return finetune(
-        job.run,
-        "tuning",
+        job.stage("tuning"),
         student,
         images.images,
         images.labels,
         Distiller(job.teacher, student, config.distill),
         config.tune,
-        seed=job.seed,
-        progress=job.progress,
         filter_batch=low_pass(config, job.spec, job.device, "step"),
         evaluate=job.evaluate,
     )

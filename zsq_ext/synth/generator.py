@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zsq_ext.core.progress import Progress
-from zsq_ext.core.rng import stream
-from zsq_ext.core.run import Run
-from zsq_ext.core.steps import State, Terms, run_steps
+from zsq_ext.core.steps import Stage, State, Terms, run_steps
 from zsq_ext.synth.objectives import bn_statistics_loss, cross_entropy
 from zsq_ext.synth.teacher import Teacher
 
@@ -82,8 +79,7 @@ class Generator(nn.Module):
 
 
 def train_generator(
-    run: Run,
-    name: str,
+    stage: Stage,
     teacher: Teacher,
     num_classes: int,
     shape: tuple[int, int, int],
@@ -91,15 +87,13 @@ def train_generator(
     *,
     on_images: Callable[[Tensor], None],
     extra_state: dict[str, Tensor],
-    seed: int,
-    progress: Progress,
 ) -> list[dict]:
     """Trains a GDFQ generator and hands every batch of images to ``on_images`` (to calibrate ranges, for instance).
 
         loss = CE(teacher(G(z, y)), y) + 0.1 BNS
 
     Args:
-        run, name, seed, progress: as for the other engines.
+        stage: as for the other engines.
         teacher: the frozen network.
         num_classes, shape: what the generator makes.
         config: steps, batch and learning rate.
@@ -114,13 +108,13 @@ def train_generator(
     device = teacher.target_means[0].device
     # torch initialises layers from its global stream only, so that one is borrowed: the host's alone, no device's
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(stream(seed, f"{name}/generator").initial_seed())
+        torch.default_generator.manual_seed(stage.stream("generator").initial_seed())
         generator = Generator(num_classes, shape, config.latent).to(device).train()
     parameters = list(generator.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=config.betas)
 
     def step(n: int) -> Terms:
-        draw = stream(seed, f"{name}/latent", n, device)
+        draw = stage.stream("latent", n, device)
         z = torch.randn(config.batch, config.latent, generator=draw, device=device)
         labels = torch.randint(num_classes, (config.batch,), generator=draw, device=device)
         images = generator(z, labels)
@@ -135,4 +129,4 @@ def train_generator(
         return terms
 
     state = State({**generator.state_dict(keep_vars=True), **extra_state}, {"adam": optimizer})
-    return run_steps(run, name, config.steps, step, state, progress=progress, advice=ADVICE)
+    return run_steps(stage, config.steps, step, state, advice=ADVICE)

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zsq_ext.core.progress import Progress
-from zsq_ext.core.rng import stream
-from zsq_ext.core.run import Run
-from zsq_ext.core.steps import State, Terms, end_stage, run_steps
+from zsq_ext.core.steps import Stage, State, Terms, end_stage, run_steps
 from zsq_ext.synth.augment import random_resized_crop_flip
 from zsq_ext.synth.teacher import Context, Teacher
 
@@ -39,29 +36,22 @@ class PixelConfig:
 
 
 def make_images(
-    run: Run,
-    name: str,
+    stage: Stage,
     teacher: Teacher,
     labels: Tensor,
     shape: tuple[int, int, int],
     objective: Objective,
     config: PixelConfig,
-    *,
-    seed: int,
-    progress: Progress,
 ) -> tuple[Tensor, list[dict]]:
     """Optimises one image per label, batch by batch.
 
     Args:
-        run: keeps every finished batch and a checkpoint of the one under way.
-        name: names the stage's files, random streams and progress bar.
+        stage: keeps every finished batch and a checkpoint of the one under way.
         teacher: whose statistics and logits the objective reads.
         labels: (N,) int64 on the teacher's device.
         shape: (C, H, W) of an image.
         objective: from one forward of the teacher to weighted loss terms.
         config: batch size, iterations and learning rate.
-        seed: of the named random streams.
-        progress: where to report.
 
     Returns:
         Images (N, C, H, W) float32 in normalised space, and the loss history of all batches.
@@ -72,13 +62,12 @@ def make_images(
     done, history = [], []
     chunks = labels.split(config.batch)
     for index, chunk in enumerate(chunks):
-        stage = f"{name}-{index}"
-        held = run.load(stage)
+        part = stage.part(index, len(chunks))
+        held = stage.run.load(part.name)
         if held is None:
-            title = name if len(chunks) == 1 else f"{name} {index + 1}/{len(chunks)}"
-            images, losses = _one_batch(run, stage, title, teacher, chunk, shape, objective, config, seed, progress)
-            run.save(stage, {"images": images}, {"history": losses})
-            end_stage(run, stage)
+            images, losses = _one_batch(part, teacher, chunk, shape, objective, config)
+            stage.run.save(part.name, {"images": images}, {"history": losses})
+            end_stage(part)
         else:
             images, losses = held[0]["images"].to(labels.device), held[1]["history"]
         done.append(images)
@@ -88,19 +77,15 @@ def make_images(
 
 
 def _one_batch(
-    run: Run,
-    stage: str,
-    title: str,
+    stage: Stage,
     teacher: Teacher,
     labels: Tensor,
     shape: tuple[int, int, int],
     objective: Objective,
     config: PixelConfig,
-    seed: int,
-    progress: Progress,
 ) -> tuple[Tensor, list[dict]]:
     device = labels.device
-    start = torch.randn(len(labels), *shape, generator=stream(seed, f"{stage}/init"))
+    start = torch.randn(len(labels), *shape, generator=stage.stream("init"))
     images = start.to(device).contiguous(memory_format=torch.channels_last).requires_grad_(True)
     schedule = Plateau(config.lr, config.factor, config.patience, config.min_lr, device)
     optimizer = torch.optim.Adam([images], lr=schedule.lr, capturable=device.type == "cuda")
@@ -108,9 +93,9 @@ def _one_batch(
     def step(n: int) -> Terms:
         seen: Tensor = images
         if config.crop_probability > 0:
-            coin = stream(seed, f"{stage}/crop?", n)  # on the host: no synchronisation to decide
+            coin = stage.stream("crop?", n)  # on the host: no synchronisation to decide
             if torch.rand((), generator=coin) < config.crop_probability:
-                seen = random_resized_crop_flip(seen, stream(seed, f"{stage}/crop", n, device), config.crop_scale)
+                seen = random_resized_crop_flip(seen, stage.stream("crop", n, device), config.crop_scale)
         terms = objective(teacher.observe(seen, labels))
         loss = torch.stack(list(terms.values())).sum()
         (images.grad,) = torch.autograd.grad(loss, [images])
@@ -119,7 +104,7 @@ def _one_batch(
         return terms
 
     state = State({"images": images, **schedule.tensors()}, {"adam": optimizer})
-    history = run_steps(run, stage, config.iterations, step, state, progress=progress, advice=ADVICE, title=title)
+    history = run_steps(stage, config.iterations, step, state, advice=ADVICE)
     return images.detach(), history
 
 

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from zsq_ext.core.progress import Progress
-from zsq_ext.core.rng import stream
-from zsq_ext.core.run import Run
-from zsq_ext.core.steps import State, Terms, run_steps
+from zsq_ext.core.steps import Stage, State, Terms, run_steps
 from zsq_ext.synth.augment import random_resized_crop_flip
 from zsq_ext.tune.distill import sum_terms
 
@@ -47,23 +44,20 @@ class Tuned:
 
 
 def finetune(
-    run: Run,
-    name: str,
+    stage: Stage,
     student: fx.GraphModule,
     images: Tensor,
     labels: Tensor,
     loss: Loss,
     config: TuneConfig,
     *,
-    seed: int,
-    progress: Progress,
     filter_batch: Callable[[Tensor], Tensor] | None = None,
     evaluate: Callable[[fx.GraphModule], float] | None = None,
 ) -> Tuned:
     """Trains all parameters of the student in place; batch-norm statistics and activation ranges stand still.
 
     Args:
-        run, name, seed, progress: checkpoints, file and stream names, random streams, reporting.
+        stage: checkpoints, random streams, reporting.
         student: a prepared, calibrated network.
         images: (N, C, H, W) in normalised space, on the student's device.
         labels: (N,) int64.
@@ -95,11 +89,11 @@ def finetune(
         epoch = n // config.steps_per_epoch
         for group in optimizer.param_groups:
             group["lr"] = config.lr * 0.1 ** sum(epoch >= e for e in config.lr_epochs)
-        order = torch.randperm(len(images), generator=stream(seed, f"{name}/order", n // per_pass)).to(device)
+        order = torch.randperm(len(images), generator=stage.stream("order", n // per_pass)).to(device)
         chosen = order[(n % per_pass) * batch :][:batch]
         x, y = images[chosen], labels[chosen]
         if config.crop_scale is not None:
-            x = random_resized_crop_flip(x, stream(seed, f"{name}/crop", n, device), config.crop_scale)
+            x = random_resized_crop_flip(x, stage.stream("crop", n, device), config.crop_scale)
         if filter_batch is not None:
             x = filter_batch(x)
         terms = loss(x.contiguous(memory_format=torch.channels_last), y)
@@ -117,12 +111,10 @@ def finetune(
         return {"epoch": (n + 1) // config.steps_per_epoch, "top1": evaluate(student)}
 
     history = run_steps(
-        run,
-        name,
+        stage,
         config.epochs * config.steps_per_epoch,
         step,
         State(dict(student.named_parameters()), {"sgd": optimizer}),
-        progress=progress,
         advice=ADVICE,
         after=after_epoch,
     )

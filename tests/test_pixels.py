@@ -232,5 +232,5 @@ def test_statistics_of_a_set_do_not_depend_on_the_reading_batch(frozen):
 def test_a_network_without_batch_norm_is_refused(nets):
     from zsq_ext.quant.capture import capture
 
-    with pytest.raises(ValueError, match=r"must have batch norms .*, got none; pass images=\.\.\. to tune on images"):
+    with pytest.raises(ValueError, match=r"must have batch norms .*, got none; pass images=\.\.\. to use images"):
         Teacher(capture(nets.vgg(norm=False), torch.zeros(2, 3, 8, 8)))

@@ -39,11 +39,14 @@ def save(result: dict[str, Any], path: str | Path) -> None:
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
     """The rows as cells of text, the header first; the last column says how often faster than each peer."""
-    table = [["op", "case", "dtype", "device", "backend", "pass", "ms", "p10-p90", "% of floor", "faster than"]]
+    header = ["op", "case", "dtype", "device", "backend", "pass", "ms", "p10-p90", "% of floor"]
+    whole_steps = any("outside_convolutions" in row for row in result["rows"])
+    table = [[*header, *(["outside convolutions"] if whole_steps else []), "faster than"]]
     for r in result["rows"]:
         floor = "" if r["pct_of_floor"] is None else f"{r['pct_of_floor']:.0f}"
         peers = ", ".join(f"{name} {ms / r['ms']:.1f}x" for name, ms in r["peers"].items())
         spread = f"{r['ms_p10']:.4g}-{r['ms_p90']:.4g}"
         names = [r[key] for key in ("op", "case", "dtype", "device", "backend", "pass")]
-        table.append([*names, f"{r['ms']:.4g}", spread, floor, peers])
+        outside = [f"{100 * r['outside_convolutions']:.0f} %"] if whole_steps else []
+        table.append([*names, f"{r['ms']:.4g}", spread, floor, *outside, peers])
     return table

@@ -28,6 +28,7 @@ from zsq_ext.bench.intervals import Interval, paired_interval
 from zsq_ext.bench.timing import environment
 from zsq_ext.core.progress import QUIET, Progress
 from zsq_ext.core.run import write_atomically
+from zsq_ext.methods import synq
 from zsq_ext.methods.qat import Images, QatConfig, hold_out
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, Perturb, SoftLabels
 from zsq_ext.zoo.teachers import teacher
@@ -67,13 +68,13 @@ def with_cut(d0: float) -> Callable[[QatConfig], QatConfig]:
     return change
 
 
-SYNQ_IDEAS = (LowPass, CamAlign, SoftLabels)
+# noise, no ideas and real share their tuning and differ in the images; SynQ and no ideas differ in the ideas
 VARIANTS = (
     Variant("min-max", "minmax", "synthetic"),
     Variant("noise", "noise", "noise"),
     Variant("SynQ", "synq", "synthetic"),
-    Variant("SynQ without its ideas", "synq", "synthetic", without(*SYNQ_IDEAS)),
-    Variant("real images", "synq", "real", without(*SYNQ_IDEAS)),
+    Variant("SynQ without its ideas", "synq", "synthetic", without(*synq.IDEAS)),
+    Variant("real images", "synq", "real", without(*synq.IDEAS)),
 )
 ABLATIONS = (
     Variant("SynQ - low-pass", "synq", "synthetic", without(LowPass)),
@@ -174,10 +175,12 @@ def run_table(
                     continue
                 if deadline is not None and time.monotonic() > deadline:
                     return
-                if variant.images not in sets:
-                    sets[variant.images] = _images(variant.images, model, settings, seed, progress)
+                for kind in ("synthetic", variant.images):
+                    if kind not in sets:
+                        sets[kind] = _images(kind, model, settings, seed, progress)
+                made = sets[variant.images].judged_on(sets["synthetic"])
                 progress.say(f"{name} seed {seed} {variant.name} W{w_bits}A{a_bits}")
-                table.add({**keys, "teacher_top1": top1, **_row(model, keys, settings, sets[variant.images], test)})
+                table.add({**keys, "teacher_top1": top1, **_row(model, keys, settings, made, test)})
 
 
 def _row(model: nn.Module, keys: dict[str, Any], settings: QatConfig, made: _Set, test: TestSet) -> dict[str, Any]:
@@ -208,6 +211,11 @@ class _Set:
 
     images: Images
     seconds: float
+
+    def judged_on(self, other: _Set) -> _Set:
+        """The same images to tune on with another's held-out part, so that agreements can be compared."""
+        held_out, labels = other.images.held_out, other.images.held_out_labels
+        return replace(self, images=replace(self.images, held_out=held_out, held_out_labels=labels))
 
 
 def _images(kind: str, model: nn.Module, settings: QatConfig, seed: int, progress: Progress) -> _Set:

@@ -16,6 +16,9 @@ from zsq_ext.tune.distill import DistillConfig
 from zsq_ext.tune.finetune import TuneConfig
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, Perturb, SoftLabels
 
+IDEAS = (LowPass, CamAlign, SoftLabels)
+"""What the paper adds; the rest of the released loss is HAST's."""
+
 
 def run(job: Job, config: QatConfig) -> Outcome:
     """Algorithm 1: synthesise, filter, quantize, fine-tune."""

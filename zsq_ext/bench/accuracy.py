@@ -29,7 +29,8 @@ from zsq_ext.bench.timing import environment
 from zsq_ext.core.progress import QUIET, Progress
 from zsq_ext.core.run import write_atomically
 from zsq_ext.methods import synq
-from zsq_ext.methods.qat import Images, QatConfig, hold_out
+from zsq_ext.methods.job import Images, hold_out
+from zsq_ext.methods.qat import QatConfig
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, Perturb, SoftLabels
 from zsq_ext.zoo.teachers import teacher
 from zsq_ext.zoo.textured_shapes import SPEC, TEST_IMAGES, TexturedShapes

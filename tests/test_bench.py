@@ -52,6 +52,9 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
 def test_what_is_wrong_is_not_timed():
     with pytest.raises(RuntimeError, match="something differs from the reference; not timed"):
         timing.assert_equal("something", torch.ones(2), torch.tensor([1.0, 1.0 + 1e-6]))
+    with pytest.raises(RuntimeError, match="not timed"):
+        timing.assert_equal("something", torch.ones(2), torch.tensor([1.0, 1.01]), tolerance=1e-3)
+    timing.assert_equal("something", torch.ones(2), torch.tensor([1.0, 1.0 + 1e-6]), tolerance=1e-3)
 
 
 def test_contenders_meet_the_inputs_in_turn():

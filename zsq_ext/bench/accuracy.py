@@ -86,7 +86,7 @@ ABLATIONS = (
 )
 
 
-# A depthwise network's statistics are harder to meet: after 50 steps the loss of its images is three times the ResNet's.
+# A depthwise network's statistics are harder to meet: after 50 steps its images' loss is three times the ResNet's.
 # On the validation stream 150 steps bring the student as near to the teacher as real images do.
 IMAGE_STEPS = {"mobilenet_small": 150}
 

@@ -103,7 +103,7 @@ def test_families_have_no_column_for_convolutions():
     row |= {"ms": 1.0, "ms_p10": 0.5, "ms_p90": 2.0, "pct_of_floor": 50.0, "peers": {"eager": 3.0}}
     header, cells = bench.lines({"rows": [row]})
     assert header[-2:] == ["% of floor", "faster than"]
-    assert cells[-2:] == ["50", "eager 3.0x"]
+    assert cells[-2:] == ["50", "eager 3.00x"]
 
 
 def test_suites_have_names():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 
-from zsq_ext.ops import backend, bn_act, channel_sums, reference, statistics_of
+from zsq_ext.ops import backend, bn_act, channel_sums, cpu, reference, statistics_of
 from zsq_ext.ops import cases_bn_act as cases
 
 ALL = pytest.mark.parametrize("case", cases.BN_ACT, ids=lambda case: case.name)
@@ -71,7 +71,7 @@ def slack_of_silu(v, size, dtype):
     """
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     info, size = torch.finfo(dtype), size.double().abs()
-    slack = size * (unit * (8 + 2 * v.double().abs()) + 1e-35)
+    slack = size * unit * (8 + 2 * v.double().abs()) + 1e-35 * (1 + size)
     return slack if info.bits > 16 else slack + size * info.eps + info.smallest_normal * info.eps
 
 
@@ -279,6 +279,39 @@ def assert_backward(case, got):
     for sums, factor, scale in ((3, torch.ones_like(d), 1), (2, d, inv)):
         more = (own * factor.abs()).sum([0, *range(2, d.dim())])
         assert_within(got[sums], expected[sums], (slack_of_sum(g * factor, case, "batch") + more) * scale)
+
+
+@pytest.fixture
+def scalar():
+    native = pytest.importorskip("zsq_ext._C")
+    before = native.set_simd(False)
+    yield
+    native.set_simd(before)
+
+
+@ALL
+def test_scalar_path_agrees_with_the_reference(case, scalar):
+    saves = case.act in ("relu", "relu6")
+    assert_forward(case, cpu.bn_act(*op_args(case.args(), saves)), reference.bn_act(*op_args(case.args(), saves)))
+    assert_backward(case, cpu.bn_act_backward(*backward_args(case)))
+
+
+@pytest.mark.parametrize("simd", [True, False])
+def test_silu_over_the_whole_range(simd):
+    """Every exponent and sign: the vector code's own exponential, and where it overflows."""
+    native = pytest.importorskip("zsq_ext._C")
+    bits_ = torch.arange(0, 2**31 - 2**23, 65521, dtype=torch.int64).to(torch.int32)  # up to the infinities
+    v = torch.cat([torch.linspace(-130, 130, 52001), bits_.view(torch.float32)])
+    u = torch.cat([v, -v])[None, :, None].expand(1, -1, 8).movedim(1, 2).contiguous()
+    zero, one = torch.zeros(8), torch.ones(8)
+    args = u, zero, one, None, None, 0.0, None, "silu", None, False
+    before = native.set_simd(simd)
+    try:
+        got = cpu.bn_act(*args)[0]
+    finally:
+        native.set_simd(before)
+    exact = reference.bn_act(*(t.double() if isinstance(t, torch.Tensor) else t for t in args))[0]
+    assert_within(got, exact.float(), slack_of_silu(u, exact, torch.float32))
 
 
 @ALL

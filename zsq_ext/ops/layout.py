@@ -21,6 +21,10 @@ def channels_of(out: Tensor, scale: Tensor, axis: int | None) -> tuple[int, int]
     return (channels, out.stride(axis)) if channels > 1 and axis is not None else (1, out.numel())
 
 
+# kernels/bn_act.h holds the same codes.
+ACT_CODE = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
+
+
 def channels_last(u: Tensor) -> bool:
     """Whether u's channels, dimension 1, lie side by side in memory though they are not its last dimension."""
     return u.dim() > 2 and u.stride(1) == 1 and not u.is_contiguous()
@@ -42,6 +46,12 @@ def rows_of(u: Tensor) -> tuple[int, int]:
 
     All channels of one place where channels are last, or where there is only one place; one channel's places elsewhere.
     """
+    n, c, places, last = places_of(u)
+    return (n * places, c) if last else (n * c, places)
+
+
+def places_of(u: Tensor) -> tuple[int, int, int, bool]:
+    """(samples, channels, places, whether the channels vary fastest): how kernels see u (N, C, ...)."""
     n, c, *spatial = u.shape
     places = math.prod(spatial)
-    return (n * places, c) if places == 1 or channels_last(u) else (n * c, places)
+    return n, c, places, places == 1 or channels_last(u)

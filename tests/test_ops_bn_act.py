@@ -1,4 +1,10 @@
-"""bn_act and channel_sums: what they mean, that every backend agrees, and how they behave under torch's machinery."""
+"""bn_act and channel_sums: what they mean, that every backend agrees, and how they behave under torch's machinery.
+
+Broken on purpose on the CPU, each seen red: NaN through relu or relu6 turned into a bound, a gradient let through at
+exactly 0 or at exactly 6, the residual's mask ignored, the mean not subtracted, the last partial sum of a channel lost,
+one lane of eight lost, the residual added before b, half of the second sum's gradient, one sample's gradients of the
+sums used for all.
+"""
 
 import numpy as np
 import pytest

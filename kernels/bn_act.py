@@ -1,0 +1,326 @@
+"""bn_act, channel_sums and their backwards in Triton. Contract: zsq_ext/ops/reference.py.
+
+A program takes a tile of rows and columns. Where channels are last, a row is a place and a column a channel; elsewhere
+a row is one channel of one sample and a column a place. Sums run along the axis that is not the channels', leave one
+partial sum per tile and channel, and are added up by the caller.
+"""
+
+import triton
+import triton.language as tl
+
+from .arith import clamp
+
+# 2048 elements are 16 per thread at 4 warps. The interpreter pays per program, not per element; there the rows that are
+# summed stay few, because numpy adds them one after the other.
+_TILE = 2048
+_TILE_INTERPRETED = 1 << 16
+_ROWS = 512
+_WARPS = 4
+
+
+@triton.jit
+def _place(
+    samples,
+    channels,
+    places,
+    count,
+    chunks,
+    columns,
+    LAST: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+):
+    """Where the tile lies: rows [R, 1], columns [1, L], the row's length, who is valid, channels, groups, chunk.
+
+    `count` rows belong to a group and `chunks` chunks to its sums; `columns` tiles lie side by side in a row.
+    """
+    # 64 bits before the first multiplication: tensors may exceed 2^31 elements. One axis of programs: the others end
+    # at 65535, which a row of 2^26 places passes.
+    first, second = tl.program_id(0).to(tl.int64) // columns, tl.program_id(0).to(tl.int64) % columns
+    col = (second * L + tl.arange(0, L))[None, :]
+    if LAST:
+        group, offset = first // chunks, (first % chunks) * R + tl.arange(0, R)[:, None]
+        row, length, channel, chunk = group * count + offset, channels, col, first
+        valid = (offset < count) & (col < channels)
+    else:
+        row, length = (first * R + tl.arange(0, R))[:, None], places
+        channel, sample = row % channels, row // channels
+        chunk = sample * columns + second
+        # Rows past the last sample read its gradients, and write nothing.
+        group = tl.minimum(sample, samples - 1) if PER_SAMPLE else sample * 0
+        valid = (sample < samples) & (col < places)
+    return row, col, length, valid, channel, group, chunk
+
+
+@triton.jit
+def _bytes(length):
+    return (length - 1) // 8 + 1  # length + 7 might not fit into 32 bits
+
+
+@triton.jit
+def _norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, valid, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr):
+    mean = tl.load(mean_ptr + c, mask=valid, other=0.0)
+    var = tl.load(var_ptr + c, mask=valid, other=1.0)
+    one = tl.full(var.shape, 1.0, tl.float32)
+    gamma = tl.load(gamma_ptr + c, mask=valid, other=1.0) if HAS_GAMMA else one
+    beta = tl.load(beta_ptr + c, mask=valid, other=0.0) if HAS_BETA else one * 0.0
+    a = gamma * tl.div_rn(one, tl.sqrt_rn(var + eps))
+    return a, beta - mean * a
+
+
+@triton.jit
+def _activated(v, ACT: tl.constexpr):
+    if ACT == "relu":
+        v = tl.where(v < 0.0, 0.0, v)
+    elif ACT == "relu6":
+        v = clamp(v, 0.0, 6.0)
+    elif ACT == "silu":
+        v = tl.div_rn(v, 1.0 + tl.exp(-v))
+    elif ACT == "hardswish":
+        v = v * clamp(v + 3.0, 0.0, 6.0) * (1 / 6)
+    return v
+
+
+@triton.jit
+def _passes(v, ACT: tl.constexpr):
+    # Strictly inside, and where v is NaN: "not outside" says both.
+    outside = v <= 0.0
+    if ACT == "relu6":
+        outside = outside | (v >= 6.0)
+    return outside == 0
+
+
+@triton.jit
+def _through(g, v, ACT: tl.constexpr):
+    if ACT == "relu" or ACT == "relu6":
+        g = tl.where(_passes(v, ACT), g, 0.0)
+    elif ACT == "silu":
+        s = tl.div_rn(tl.full(v.shape, 1.0, tl.float32), 1.0 + tl.exp(-v))
+        g = g * (s * (1.0 + v * (1.0 - s)))
+    elif ACT == "hardswish":
+        g = tl.where(v <= -3.0, 0.0, tl.where(v < 3.0, g * (v * (1 / 3) + 0.5), g))
+    return g
+
+
+@triton.jit
+def _store_sums(p, q, partials_ptr, size, chunk, channels, channel, valid, LAST: tl.constexpr):
+    """One partial sum of p and q for each channel of the tile, q's `size` behind p's."""
+    AXIS: tl.constexpr = 0 if LAST else 1
+    p, q = tl.sum(tl.where(valid, p, 0.0), AXIS, keep_dims=True), tl.sum(tl.where(valid, q, 0.0), AXIS, keep_dims=True)
+    at, some = partials_ptr + chunk * channels + channel, tl.max(valid.to(tl.int32), AXIS, keep_dims=True) != 0
+    tl.store(at, p, mask=some)
+    tl.store(at + size, q, mask=some)
+
+
+@triton.jit
+def _forward_kernel(
+    u_ptr,  # [n], as residual and y
+    residual_ptr,
+    y_ptr,
+    mask_ptr,  # one bit per element; every row starts a byte
+    mean_ptr,  # [channels] float32, as var, gamma and beta
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    partials_ptr,  # [2][all chunks][channels] float32
+    size,  # all chunks * channels
+    eps,
+    samples,
+    channels,
+    places,
+    count,
+    chunks,
+    columns,
+    ACT: tl.constexpr,
+    LAST: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+):
+    row, col, length, valid, c, _, chunk = _place(
+        samples, channels, places, count, chunks, columns, LAST, PER_SAMPLE, R, L
+    )
+    known = c < channels
+    i = row * length + col
+    u = tl.load(u_ptr + i, mask=valid, other=0.0).to(tl.float32)
+    if HAS_Y:
+        a, b = _norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, known, HAS_GAMMA, HAS_BETA)
+        v = a * u + b
+        if HAS_RESIDUAL:
+            v = v + tl.load(residual_ptr + i, mask=valid, other=0.0).to(tl.float32)
+        if HAS_MASK:
+            keep = tl.reshape((_passes(v, ACT) & valid).to(tl.int32), (R, L // 8, 8))
+            byte = tl.sum(keep << tl.arange(0, 8)[None, None, :], 2)
+            bytes_ = _bytes(length)
+            at = tl.program_id(0).to(tl.int64) % columns * (L // 8) + tl.arange(0, L // 8)[None, :]
+            there = (tl.max(valid.to(tl.int32), 1, keep_dims=True) != 0) & (at < bytes_)
+            tl.store(mask_ptr + row * bytes_ + at, byte.to(tl.uint8), mask=there)
+        tl.store(y_ptr + i, _activated(v, ACT).to(y_ptr.dtype.element_ty), mask=valid)
+    if HAS_SUMS:
+        d = u - tl.load(mean_ptr + c, mask=known, other=0.0)
+        _store_sums(d, d * d, partials_ptr, size, chunk, channels, c, valid, LAST)
+
+
+@triton.jit
+def _backward_kernel(
+    u_ptr,  # [n], as grad, residual, du and dr
+    grad_ptr,
+    residual_ptr,
+    mask_ptr,  # as the forward left it
+    mean_ptr,  # [channels] float32, as var, gamma and beta
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    grad_s1_ptr,  # [groups, channels] float32, as grad_s2
+    grad_s2_ptr,
+    du_ptr,
+    dr_ptr,
+    partials_ptr,  # [2][all chunks][channels] float32
+    size,  # all chunks * channels
+    eps,
+    samples,
+    channels,
+    places,
+    count,
+    chunks,
+    columns,
+    ACT: tl.constexpr,
+    LAST: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    NEED_U: tl.constexpr,
+    NEED_RESIDUAL: tl.constexpr,
+    NEED_AFFINE: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+):
+    row, col, length, valid, c, group, chunk = _place(
+        samples, channels, places, count, chunks, columns, LAST, PER_SAMPLE, R, L
+    )
+    known = c < channels
+    i = row * length + col
+    u = tl.load(u_ptr + i, mask=valid, other=0.0).to(tl.float32)
+    d = u - tl.load(mean_ptr + c, mask=known, other=0.0)
+    w = d
+    if HAS_GRAD:
+        a, b = _norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, known, HAS_GAMMA, HAS_BETA)
+        g = tl.load(grad_ptr + i, mask=valid, other=0.0).to(tl.float32)
+        if HAS_MASK:
+            byte = tl.load(mask_ptr + row * _bytes(length) + col // 8, mask=valid, other=0).to(tl.int32)
+            g = tl.where(((byte >> (col % 8).to(tl.int32)) & 1) != 0, g, 0.0)
+        else:
+            v = a * u + b
+            if HAS_RESIDUAL:
+                v = v + tl.load(residual_ptr + i, mask=valid, other=0.0).to(tl.float32)
+            g = _through(g, v, ACT)
+        if NEED_RESIDUAL:
+            tl.store(dr_ptr + i, g.to(dr_ptr.dtype.element_ty), mask=valid)
+        if NEED_AFFINE:
+            _store_sums(g, g * d, partials_ptr, size, chunk, channels, c, valid, LAST)
+        w = a * g
+    if NEED_U:
+        if HAS_STATS:
+            s1 = tl.load(grad_s1_ptr + group * channels + c, mask=known, other=0.0)
+            s2 = tl.load(grad_s2_ptr + group * channels + c, mask=known, other=0.0)
+            q = (2.0 * s2) * d + s1
+            w = w + q if HAS_GRAD else q
+        tl.store(du_ptr + i, w.to(du_ptr.dtype.element_ty), mask=valid)
+
+
+class Cut:
+    """How [samples, channels, places] is cut into tiles of R rows and L columns."""
+
+    def __init__(self, samples, channels, places, last, per_sample):
+        interpreted = triton.knobs.runtime.interpret
+        tile = _TILE_INTERPRETED if interpreted else _TILE
+        self.seen = samples, channels, places
+        self.last, self.per_sample = last, per_sample
+        length = channels if last else places
+        self.L = max(8, min(triton.next_power_of_2(max(length, 1)), 32 if last and not interpreted else 1024))
+        self.R = min(tile // self.L, _ROWS)
+        self.columns = triton.cdiv(length, self.L)
+        if last:
+            self.groups = samples if per_sample else 1
+            self.count = places if per_sample else samples * places
+            self.chunks = triton.cdiv(self.count, self.R)
+            self.all_chunks = self.groups * self.chunks
+            self.grid = (self.all_chunks * self.columns,)
+        else:
+            self.groups, self.count, self.chunks = samples if per_sample else 1, 0, 1
+            self.all_chunks = samples * self.columns
+            self.grid = (triton.cdiv(samples * channels, self.R) * self.columns,)
+
+    def empty(self):
+        return 0 in self.grid
+
+    def rest(self):
+        samples, channels, places = self.seen
+        return self.all_chunks * channels, samples, channels, places, self.count, self.chunks, self.columns
+
+
+def forward(cut, u, residual, y, mask, mean, var, gamma, beta, partials, eps, act):
+    """Fills y, mask and the partial sums, those of them that are not None. Launches nothing without elements."""
+    if cut.empty():
+        return
+    size, *seen = cut.rest()
+    _forward_kernel[cut.grid](
+        *(u if t is None else t for t in (u, residual, y, mask, mean, var, gamma, beta, partials)),
+        size,
+        float(eps),
+        *seen,
+        ACT=act,
+        LAST=cut.last,
+        PER_SAMPLE=cut.per_sample,
+        HAS_Y=y is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_MASK=mask is not None,
+        HAS_GAMMA=gamma is not None,
+        HAS_BETA=beta is not None,
+        HAS_SUMS=partials is not None,
+        R=cut.R,
+        L=cut.L,
+        num_warps=_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def backward(cut, u, grad, residual, mask, mean, var, gamma, beta, grad_s1, grad_s2, du, dr, partials, eps, act):
+    """Fills du, dr and the partial sums of g and g * (u - mean), those of them that are not None."""
+    if cut.empty():
+        return
+    size, *seen = cut.rest()
+    pointers = u, grad, residual, mask, mean, var, gamma, beta, grad_s1, grad_s2, du, dr, partials
+    _backward_kernel[cut.grid](
+        *(u if t is None else t for t in pointers),
+        size,
+        float(eps),
+        *seen,
+        ACT=act,
+        LAST=cut.last,
+        PER_SAMPLE=cut.per_sample,
+        HAS_GRAD=grad is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_MASK=mask is not None,
+        HAS_GAMMA=gamma is not None,
+        HAS_BETA=beta is not None,
+        HAS_STATS=grad_s1 is not None,
+        NEED_U=du is not None,
+        NEED_RESIDUAL=dr is not None,
+        NEED_AFFINE=partials is not None,
+        R=cut.R,
+        L=cut.L,
+        num_warps=_WARPS,
+        enable_fp_fusion=False,
+    )

@@ -10,6 +10,7 @@
 #ifdef ZSQ_WITH_CUDA
 #include <cuda_runtime.h>
 
+#include "kernels/bn_act.cuh"
 #include "kernels/fake_quant.cuh"
 #endif
 
@@ -80,6 +81,59 @@ const char* cuda_fake_quant(Address grad, Address x, Address out, Address scale,
       at<CUstream_st>(stream)));
 }
 
+int64_t cuda_bn_act_chunks(int64_t samples, int64_t channels, int64_t places, bool last, bool per_sample) {
+  return zsq::cuda_bn_act_chunks({samples, channels, places, last, per_sample});
+}
+
+const char* cuda_bn_act(Address u, Address residual, Address y, Address mask, Address mean, Address var, Address gamma,
+                        Address beta, Address s1, Address s2, double eps, int64_t samples, int64_t channels,
+                        int64_t places, bool last, bool per_sample, int act, int dtype, Address partials,
+                        Address stream) {
+  return words(zsq::cuda_bn_act({at<void>(u),
+                                 at<void>(residual),
+                                 at<void>(y),
+                                 at<uint8_t>(mask),
+                                 at<float>(mean),
+                                 at<float>(var),
+                                 at<float>(gamma),
+                                 at<float>(beta),
+                                 at<float>(s1),
+                                 at<float>(s2),
+                                 at<float>(partials),
+                                 static_cast<float>(eps),
+                                 {samples, channels, places, last, per_sample},
+                                 static_cast<zsq::Act>(act),
+                                 static_cast<zsq::DType>(dtype)},
+                                at<CUstream_st>(stream)));
+}
+
+const char* cuda_bn_act_backward(Address u, Address grad, Address residual, Address mask, Address mean, Address var,
+                                 Address gamma, Address beta, Address grad_s1, Address grad_s2, Address du, Address dr,
+                                 Address dgamma, Address dbeta, double eps, int64_t samples, int64_t channels,
+                                 int64_t places, bool last, bool per_sample, int act, int dtype, Address partials,
+                                 Address stream) {
+  return words(zsq::cuda_bn_act_backward({at<void>(u),
+                                          at<void>(grad),
+                                          at<void>(residual),
+                                          at<uint8_t>(mask),
+                                          at<float>(mean),
+                                          at<float>(var),
+                                          at<float>(gamma),
+                                          at<float>(beta),
+                                          at<float>(grad_s1),
+                                          at<float>(grad_s2),
+                                          at<void>(du),
+                                          at<void>(dr),
+                                          at<float>(dgamma),
+                                          at<float>(dbeta),
+                                          at<float>(partials),
+                                          static_cast<float>(eps),
+                                          {samples, channels, places, last, per_sample},
+                                          static_cast<zsq::Act>(act),
+                                          static_cast<zsq::DType>(dtype)},
+                                         at<CUstream_st>(stream)));
+}
+
 #endif
 
 }  // namespace
@@ -97,6 +151,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = ZSQ_CUDA_ARCHS;
   m.attr("cuda_version") = CUDART_VERSION;
   m.def("cuda_fake_quant", &cuda_fake_quant, Unlocked());
+  m.def("cuda_bn_act_chunks", &cuda_bn_act_chunks);
+  m.def("cuda_bn_act", &cuda_bn_act, Unlocked());
+  m.def("cuda_bn_act_backward", &cuda_bn_act_backward, Unlocked());
 #else
   m.attr("cuda_archs") = "";
 #endif

@@ -94,3 +94,17 @@ def test_fake_quant_moves_16_bytes_at_a_time(kernels):
     for key, names in family(kernels, "fake_quant_kernel").items():
         assert any(name.startswith("LDG.E.128") for name in names), key
         assert any(name.startswith("STG.E.128") for name in names), key
+
+
+@pytest.mark.parametrize("name", ["bn_act_rows_kernel", "bn_act_columns_kernel"])
+def test_bn_act_moves_16_bytes_at_a_time(kernels, name):
+    found = family(kernels, name)
+    assert len({key for _, key in found}) == 2 * 3, "forward and backward, three dtypes"
+    for key, names in found.items():
+        assert any(name.startswith("LDG.E.128") for name in names), key
+        assert any(name.startswith("STG.E.128") for name in names), key
+
+
+def test_bn_act_adds_without_atomics(kernels):
+    for key, names in family(kernels, "bn_act").items():
+        assert not [name for name in names if name.startswith(("ATOM", "RED"))], key

@@ -1,10 +1,12 @@
 """Backend `cuda`: CUDA C++ from kernels/*.cu, launched on the current stream of the tensors' device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from zsq_ext.ops import native
-from zsq_ext.ops.layout import DTYPE_CODE
+from zsq_ext.ops import native, native_bn_act
+from zsq_ext.ops.layout import DTYPE_CODE, places_of
 
 
 def missing() -> str | None:
@@ -40,3 +42,45 @@ def fake_quant_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
 ) -> Tensor:
     return _fake_quant(grad, x, scale, zero_point, qmin, qmax, axis)
+
+
+def _partials(u: Tensor, mean: Tensor, wanted: bool, per_sample: bool) -> Tensor | None:
+    """Memory for what the first stage of a sum leaves behind."""
+    if not wanted:
+        return None
+    return mean.new_empty(2, native.module.cuda_bn_act_chunks(*places_of(u), per_sample), u.size(1))
+
+
+def _stream(partials: Tensor | None) -> tuple[int, int]:
+    return 0 if partials is None else partials.data_ptr(), torch.cuda.current_stream().cuda_stream
+
+
+def bn_act(u: Tensor, mean: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stats = rest[-2]
+    with torch.cuda.device_of(u):
+        partials = _partials(u, mean, stats is not None, stats == "sample")
+        out, error = native_bn_act.forward(native.module.cuda_bn_act, _stream(partials), u, mean, *rest)
+    if error:
+        raise RuntimeError(f"bn_act: CUDA launch failed: {error}")
+    return out
+
+
+def bn_act_backward(
+    u: Tensor, grad_y: Tensor | None, grad_s1: Tensor | None, grad_s2: Tensor | None, mean: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    per_sample = grad_s1 is not None and grad_s1.dim() == 2
+    call, grads = native.module.cuda_bn_act_backward, (grad_y, grad_s1, grad_s2)
+    with torch.cuda.device_of(u):
+        partials = _partials(u, mean, rest[-1] and grad_y is not None, per_sample)
+        out, error = native_bn_act.backward(call, _stream(partials), u, *grads, mean, *rest)
+    if error:
+        raise RuntimeError(f"bn_act_backward: CUDA launch failed: {error}")
+    return out
+
+
+def channel_sums(u: Tensor, mean: Tensor, stats: str) -> tuple[Tensor, Tensor]:
+    return bn_act(u, mean, *native_bn_act.NO_Y, stats, False)[1:3]
+
+
+def channel_sums_backward(u: Tensor, mean: Tensor, grad_s1: Tensor, grad_s2: Tensor) -> Tensor:
+    return bn_act_backward(u, None, grad_s1, grad_s2, mean, *native_bn_act.ONLY_SUMS)[0]

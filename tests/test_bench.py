@@ -7,7 +7,7 @@ from torch import nn
 from zsq_ext import bench
 from zsq_ext.bench import families, steps, timing
 from zsq_ext.core.progress import QUIET
-from zsq_ext.ops import cases
+from zsq_ext.ops import cases, cases_bn_act
 
 SECONDS = 0.01
 
@@ -38,6 +38,7 @@ class Tiny(nn.Module):
 def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatch):
     case = next(case for case in cases.FAKE_QUANT_BENCH if case.dtype == torch.float32)
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
+    monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", [])
     rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
     assert [row["pass"] for row in rows] == ["forward", "forward+backward"]
     x = case.args("cpu")[0]
@@ -47,6 +48,19 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
         assert row["pct_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["ms"])
         assert set(row["peers"]) == {"eager", "clone", "aten"}
         assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
+
+
+def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):
+    found = [cases_bn_act.BnActCase("small", (2, 8, 6, 6), residual=True), cases_bn_act.BnActCase("plain", stats=None)]
+    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [])
+    monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", found)
+    rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
+    assert [(row["case"], row["pass"]) for row in rows] == [
+        (case, pass_) for case in ("small", "plain") for pass_ in ("forward", "forward+backward")
+    ]
+    sizes = [case.args()["u"].nbytes for case in found]
+    assert [row["bytes"] for row in rows] == [3 * sizes[0], 7 * sizes[0], 2 * sizes[1], 5 * sizes[1]]
+    assert all(set(row["peers"]) == {"eager", "clone"} for row in rows)
 
 
 def test_what_is_wrong_is_not_timed():

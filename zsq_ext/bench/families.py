@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsq_ext.bench import timing
+from zsq_ext.bench import bn_act, timing
 from zsq_ext.core.progress import Progress
 from zsq_ext.ops import backend, cases, fake_quant, reference
 
@@ -19,7 +19,7 @@ def rows(progress: Progress) -> list[dict[str, Any]]:
         for case, device, pass_ in jobs:
             found += _fake_quant_rows(case, device, pass_)
             stage.advance(note=case.name)
-    return found
+    return found + bn_act.rows(progress)
 
 
 # pass -> bytes moved per byte of x: x in, x_hat out; then grad and x in, and the gradient out

@@ -27,3 +27,10 @@ def fake_quant_backward(
 ) -> Tensor:
     threads = torch.get_num_threads()
     return native.fake_quant(native.module.cpu_fake_quant, threads, grad, x, scale, zero_point, qmin, qmax, axis)[0]
+
+
+def fake_quant_lsq_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    call, threads = native.module.cpu_fake_quant_lsq_backward, torch.get_num_threads()
+    return native.fake_quant_lsq_backward(call, None, threads, grad, x, scale, zero_point, qmin, qmax, axis)[0]

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "csrc/cpu/bn_act.h"
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/simd.h"
 
@@ -53,6 +54,43 @@ void cpu_fake_quant_lsq_backward(Address grad, Address x, Address out, Address s
   zsq::fake_quant_lsq_backward(
       fake_quant_args(grad, x, out, scale, zero_point, learned, dtype, n, channels, inner, qmin, qmax, threads),
       at<void>(dscale), at<void>(dzero_point));
+}
+
+void cpu_bn_act(Address u, Address residual, Address y, Address mask, Address mean, Address var, Address gamma,
+                Address beta, Address s1, Address s2, double eps, int64_t samples, int64_t channels, int64_t places,
+                bool last, bool per_sample, int act, int dtype, int threads) {
+  zsq::bn_act({at<void>(u), at<void>(residual), at<void>(y), at<uint8_t>(mask), at<void>(mean), at<void>(var),
+               at<void>(gamma), at<void>(beta), at<void>(s1), at<void>(s2), eps, samples, channels, places, last,
+               per_sample, static_cast<zsq::Act>(act), static_cast<zsq::DType>(dtype), threads});
+}
+
+void cpu_bn_act_backward(Address u, Address grad, Address residual, Address mask, Address mean, Address var,
+                         Address gamma, Address beta, Address grad_s1, Address grad_s2, Address du, Address dr,
+                         Address dgamma, Address dbeta, double eps, int64_t samples, int64_t channels, int64_t places,
+                         bool last, bool per_sample, int act, int dtype, int threads) {
+  zsq::bn_act_backward({at<void>(u),
+                        at<void>(grad),
+                        at<void>(residual),
+                        at<uint8_t>(mask),
+                        at<void>(mean),
+                        at<void>(var),
+                        at<void>(gamma),
+                        at<void>(beta),
+                        at<void>(grad_s1),
+                        at<void>(grad_s2),
+                        at<void>(du),
+                        at<void>(dr),
+                        at<void>(dgamma),
+                        at<void>(dbeta),
+                        eps,
+                        samples,
+                        channels,
+                        places,
+                        last,
+                        per_sample,
+                        static_cast<zsq::Act>(act),
+                        static_cast<zsq::DType>(dtype),
+                        threads});
 }
 
 #ifdef ZSQ_WITH_CUDA
@@ -109,6 +147,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_simd", &zsq::set_simd);
   m.def("cpu_fake_quant", &cpu_fake_quant, Unlocked());
   m.def("cpu_fake_quant_lsq_backward", &cpu_fake_quant_lsq_backward, Unlocked());
+  m.def("cpu_bn_act", &cpu_bn_act, Unlocked());
+  m.def("cpu_bn_act_backward", &cpu_bn_act_backward, Unlocked());
 
 #ifdef ZSQ_WITH_CUDA
   m.attr("cuda_archs") = ZSQ_CUDA_ARCHS;

@@ -29,6 +29,7 @@ QUICK = replace(
     range_batch=4,
     tune=TuneConfig(epochs=2, steps_per_epoch=2, batch=4, lr=1e-5),
 )
+NO_TUNING = replace(QUICK.tune, epochs=0)
 
 
 def quantize(model, method="synq", shape=(3, 8, 8), **more):
@@ -149,6 +150,32 @@ def test_test_data_gives_last_and_best_and_decides_nothing(model, result):
     assert tested.top1_best == max(row["top1"] for row in tested.evaluations)
     with pytest.raises(ValueError, match="evaluate: batches must hold at least one image, got none"):
         zsq.evaluate(tested.model, [])
+
+
+def test_a_resumed_run_is_measured_on_what_it_is_given_now(model, tmp_path):
+    first, second = ((torch.randn(8, 3, 8, 8), torch.arange(8) % n) for n in (5, 2))
+    before = quantize(model, out=tmp_path, test=lambda: [first])
+    after = quantize(model, out=tmp_path, resume=True, test=lambda: [second])
+    assert [row["epoch"] for row in before.evaluations] == [1, 2]
+    assert after.evaluations == [{"epoch": 2, "top1": zsq.evaluate(after.model, [second])}]
+    assert quantize(model, out=tmp_path, resume=True, test=lambda: [first]).evaluations == before.evaluations
+    assert quantize(model, out=tmp_path, resume=True).evaluations == before.evaluations
+
+
+def test_quality_says_when_nothing_was_held_out(model):
+    images = torch.randn(7, 3, 8, 8)
+    held = quantize(model, images=images)
+    assert (held.quality.images, held.quality.unseen, len(held.images)) == (1, True, 6)
+    alone = zsq.synthesize(model, "noise", input_shape=(3, 8, 8), config=replace(QUICK, held_out=0), progress=QUIET)
+    flattered = quantize(model, images=alone)
+    assert (flattered.quality.images, flattered.quality.unseen) == (8, False)
+    assert flattered.quality.to_dict()["unseen"] is False
+
+
+def test_range_rules_reach_the_quantizers(model):
+    result = quantize(model, "minmax", a_range="minmax", w_range="lp", config=replace(QUICK, tune=NO_TUNING))
+    assert {quantizer.range_kind for quantizer in activation_quantizers(result.model)} == {"minmax"}
+    assert result.qconfig.w_range == "lp"
 
 
 def test_weights_only(model):
@@ -309,6 +336,12 @@ REFUSED = {
         "profile must be one of repo, got 'paper'",
     ),
     "tune": ({"tune": "brecq2"}, ValueError, "tune must be one of qat, none, got 'brecq2'"),
+    "nothing to tune": (
+        {"method": "minmax", "preset": "smoke", "tune": "qat"},
+        ValueError,
+        "tune must be left out or 'none' where the method tunes nothing, got 'qat'",
+    ),
+    "a_range": ({"a_range": "max"}, ValueError, "a_range must be one of .*, got 'max'"),
     "config": ({"config": {"images": 3}}, TypeError, "config must be a QatConfig, got dict"),
     "w_bits low": ({"w_bits": 1}, ValueError, "w_bits must be an integer from 2 to 8, got 1"),
     "w_bits high": ({"w_bits": 9}, ValueError, "w_bits must be an integer from 2 to 8, got 9"),
@@ -364,6 +397,14 @@ REFUSED = {
     "labels shape": ({"images": X, "labels": Y[:7]}, ValueError, r"labels must have shape \(8,\), got \(7,\)"),
     "labels range": ({"images": X, "labels": Y + 5}, ValueError, r"labels must be in \[0, 5\), got 5 to 5"),
     "labels negative": ({"images": X, "labels": Y - 1}, ValueError, r"labels must be in \[0, 5\), got -1 to -1"),
+    "test no function": ({"test": [(X, Y)]}, TypeError, "test must be a function that gives batches, got list"),
+    "test empty": ({"test": list}, ValueError, "test must give at least one batch at every call, got none"),
+    "test no pairs": ({"test": lambda: [X]}, TypeError, "batches must give pairs of tensors .*, got Tensor"),
+    "test shape": (
+        {"test": lambda: [(X[..., :4], Y)]},
+        ValueError,
+        r"test must give images of shape \(3, 8, 8\), got \(3, 8, 4\)",
+    ),
     "resume": ({"resume": True}, ValueError, "resume needs an out folder, got out=None"),
 }
 

@@ -57,6 +57,9 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
 def test_what_is_wrong_is_not_timed():
     with pytest.raises(RuntimeError, match="something differs from the reference; not timed"):
         timing.assert_equal("something", torch.ones(2), torch.tensor([1.0, 1.0 + 1e-6]))
+    with pytest.raises(RuntimeError, match="not timed"):
+        timing.assert_equal("something", torch.ones(2), torch.tensor([1.0, 1.01]), tolerance=1e-3)
+    timing.assert_equal("something", torch.ones(2), torch.tensor([1.0, 1.0 + 1e-6]), tolerance=1e-3)
 
 
 def test_contenders_meet_the_inputs_in_turn():
@@ -105,7 +108,7 @@ def test_families_have_no_column_for_convolutions():
     row |= {"ms": 1.0, "ms_p10": 0.5, "ms_p90": 2.0, "pct_of_floor": 50.0, "peers": {"eager": 3.0}}
     header, cells = bench.lines({"rows": [row]})
     assert header[-2:] == ["% of floor", "faster than"]
-    assert cells[-2:] == ["50", "eager 3.0x"]
+    assert cells[-2:] == ["50", "eager 3.00x"]
 
 
 def test_suites_have_names():

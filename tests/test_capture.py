@@ -374,6 +374,33 @@ def test_control_flow_on_values_names_the_module_and_the_line(capsys):
     assert "def forward" not in capsys.readouterr().err  # torch's own report of it, a whole graph
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_a_hook_computes_is_refused():
+    model = net(lambda self, x: F.relu(x))
+    nn.utils.weight_norm(model.conv)  # sets a plain tensor before every forward
+    with torch.no_grad():
+        model(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(
+        NotImplementedError, match=r"module 'conv' computes the weight of its conv2d .*remove_weight_no"
+    ):
+        capture(model.eval(), torch.zeros(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("product", [lambda x, w: x @ w, lambda x, w: torch.einsum("nk,kj->nj", x, w)])
+def test_a_layer_written_as_a_product_is_refused(product):
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return product(x.mean((2, 3)), self.weight)[:, :, None, None]
+
+    refused(
+        net(lambda self, x: self.head(x), head=Head()), NotImplementedError, r"'head' multiplies by a parameter with"
+    )
+
+
 def large_batches_apart(self, x):
     return F.relu(x) * 2 if x.size(0) > 8 else F.relu(x)
 

@@ -138,7 +138,7 @@ def test_evaluation_is_recorded_and_decides_nothing(teacher, calibrated):
 
     def evaluate(student):
         states.append(next(student.parameters()).detach().clone())
-        return [10.0, 90.0, 20.0, 15.0][len(states) - 1]
+        return {"top1": [10.0, 90.0, 20.0, 15.0][len(states) - 1]}
 
     tuned = tune(teacher, with_test, evaluate=evaluate)
     plain = tune(teacher, without)
@@ -147,6 +147,7 @@ def test_evaluation_is_recorded_and_decides_nothing(teacher, calibrated):
     assert not torch.equal(states[0], states[3])
     assert tuned.history == plain.history
     assert plain.evaluations == []
+    assert all(parameter.grad is None for parameter in with_test.parameters())  # the next backward adds to nothing
 
 
 def test_no_epoch_leaves_the_student_alone(teacher, calibrated):
@@ -158,7 +159,7 @@ def test_no_epoch_leaves_the_student_alone(teacher, calibrated):
 @pytest.mark.parametrize("stop", [5, 10, 19, 23])
 def test_resumed_equals_unbroken(teacher, calibrated, tmp_path, tools, stop):
     whole, broken, resumed = (copy.deepcopy(calibrated) for _ in range(3))
-    history = tune(teacher, whole, evaluate=lambda _: 1.0)
+    history = tune(teacher, whole, evaluate=lambda _: {"top1": 1.0})
     loss, calls = Distiller(teacher, broken, DistillConfig()), []
 
     def stopping(x, labels):
@@ -169,8 +170,8 @@ def test_resumed_equals_unbroken(teacher, calibrated, tmp_path, tools, stop):
 
     run = Run(tmp_path, {}, checkpoint_seconds=0)
     with pytest.raises(tools.Interrupted):
-        tune(teacher, broken, run=run, loss=stopping, evaluate=lambda _: 1.0)
-    assert tune(teacher, resumed, run=run, evaluate=lambda _: 1.0) == history
+        tune(teacher, broken, run=run, loss=stopping, evaluate=lambda _: {"top1": 1.0})
+    assert tune(teacher, resumed, run=run, evaluate=lambda _: {"top1": 1.0}) == history
     assert same(whole, resumed)
 
 

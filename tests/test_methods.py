@@ -10,7 +10,8 @@ from zsq_ext.core.progress import QUIET
 from zsq_ext.core.run import Run
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods import hast, qat, synq
-from zsq_ext.methods.qat import Images, Job, QatConfig
+from zsq_ext.methods.job import Images, Job
+from zsq_ext.methods.qat import QatConfig
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import activation_quantizers
 from zsq_ext.synth.filters import LowPass as LowPassFilter
@@ -198,3 +199,33 @@ def test_configurations_are_plain_values():
         json.dumps(asdict(config))
         with pytest.raises(AttributeError):
             config.images = 1
+
+
+BROKEN = {
+    "source": (lambda: replace(QUICK, source="noize"), "QatConfig: source must be one of pixels, noise, got 'noize'"),
+    "ranges": (lambda: replace(QUICK, ranges="imags"), "QatConfig: ranges must be one of generator, images, got .*"),
+    "range_steps": (lambda: replace(QUICK, range_steps=0), "QatConfig: range_steps must be at least 1, got 0"),
+    "lbns": (lambda: replace(QUICK, lbns=0.02), "QatConfig: lbns must be 0 without centres, got 0.02"),
+    "batch": (lambda: replace(QUICK.tune, batch=0), "TuneConfig: batch must be at least 1, got 0"),
+    "nesterov": (lambda: replace(QUICK.tune, momentum=0.0), "TuneConfig: nesterov must have a momentum, got True"),
+    "kd": (lambda: replace(QUICK.distill, kd="kl_foo"), "DistillConfig: kd must be one of kl_mean, .*, got 'kl_foo'"),
+    "pixels": (lambda: PixelConfig(iterations=0), "PixelConfig: iterations must be at least 1, got 0"),
+    "generator": (lambda: GeneratorConfig(lr=0), "GeneratorConfig: lr must be positive, got 0"),
+}
+
+
+@pytest.mark.parametrize("field", BROKEN)
+def test_a_configuration_that_cannot_work_is_refused_when_it_is_made(field):
+    make, message = BROKEN[field]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make()
+
+
+def test_controls_differ_from_synq_in_one_thing():
+    for preset in ("smoke", "cifar", "imagenet"):
+        own = methods.get("synq").config(preset, "repo")
+        noise = methods.get("noise").config(preset, "repo")
+        kept = tuple(idea for idea in own.distill.ideas if not isinstance(idea, synq.IDEAS))
+        assert len(kept) == len(own.distill.ideas) - 3
+        assert noise.distill == replace(own.distill, ideas=kept)
+        assert (noise.tune, noise.images, noise.source) == (own.tune, own.images, "noise")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from zsq_ext import methods
 from zsq_ext.core.rng import stream
 from zsq_ext.core.spec import InputSpec
-from zsq_ext.methods.qat import Images, QatConfig, hold_out
+from zsq_ext.methods.job import Images, hold_out
+from zsq_ext.methods.qat import QatConfig
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import plan
@@ -24,6 +25,9 @@ from zsq_ext.tune.distill import Distiller
 from zsq_ext.tune.ideas import Idea, merge
 
 TUNES = ("qat", "none")
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+"""Gives an iterable of (images in normalised space (N, C, H, W), labels (N,)), afresh at every call."""
 
 
 @contextmanager
@@ -62,6 +66,8 @@ def settings_of(
     if ideas:
         distill = replace(settings.distill, ideas=merge(settings.distill.ideas, tuple(ideas)))
         settings = replace(settings, distill=distill)
+    if tune == "qat" and settings.tune.epochs == 0:
+        raise ValueError("quantize: tune must be left out or 'none' where the method tunes nothing, got 'qat'")
     if tune == "none":
         settings = replace(settings, tune=replace(settings.tune, epochs=0))
     return settings
@@ -152,7 +158,7 @@ def given_images(
             labels = torch.cat([teacher(chunk).argmax(1) for chunk in images.split(256)])
     # at random, because data sets often come sorted by label
     order = torch.randperm(len(images), generator=stream(seed, "held out")).to(device)
-    return hold_out(images[order], labels.to(device)[order], min(256, len(images) // 8))
+    return hold_out(images[order], labels.to(device)[order], min(256, -(-len(images) // 8), len(images) - 1))
 
 
 def _check_images(images: Tensor, labels: Tensor | None, spec: InputSpec) -> None:
@@ -174,6 +180,32 @@ def _check_images(images: Tensor, labels: Tensor | None, spec: InputSpec) -> Non
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= int(spec.num_classes or 0):
         raise ValueError(f"quantize: labels must be in [0, {spec.num_classes}), got {low} to {high}")
+
+
+def check_test(test: Batches | None, spec: InputSpec) -> None:
+    """Looks at the first batch of the test data, which would otherwise be met only after the images were made."""
+    if test is None:
+        return
+    if not callable(test):
+        raise TypeError(f"quantize: test must be a function that gives batches, got {type(test).__name__}")
+    first = next(iter(test()), None)
+    if first is None:
+        raise ValueError("quantize: test must give at least one batch at every call, got none")
+    shape = tuple(pair_of(first)[0].shape[1:])
+    if shape != spec.shape:
+        raise ValueError(f"quantize: test must give images of shape {spec.shape}, got {shape}")
+
+
+def pair_of(batch: object) -> tuple[Tensor, Tensor]:
+    """A batch of test data, checked: images (N, C, H, W) and labels (N,)."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        got = [type(part).__name__ for part in batch] if isinstance(batch, tuple | list) else type(batch).__name__
+        raise TypeError(f"evaluate: batches must give pairs of tensors (images, labels), got {got}")
+    images, labels = batch
+    if images.ndim != 4 or labels.shape != images.shape[:1]:
+        shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"evaluate: batches must have shapes (N, C, H, W) and (N,), got {shapes}")
+    return images, labels
 
 
 def check_early(

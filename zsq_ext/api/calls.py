@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from zsq_ext import methods, report
-from zsq_ext.api.arguments import check_early, enter, given_images, settings_of, speaking_as
-from zsq_ext.api.result import Batches, Result, evaluate
+from zsq_ext import __version__, methods, report
+from zsq_ext.api.arguments import (
+    Batches,
+    check_early,
+    check_test,
+    enter,
+    given_images,
+    pair_of,
+    settings_of,
+    speaking_as,
+)
+from zsq_ext.api.result import Result, evaluate
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.run import Run, fingerprint
 from zsq_ext.core.spec import InputSpec
-from zsq_ext.methods.qat import Images, Job, QatConfig, synthesise
+from zsq_ext.methods.job import Images, Job, Outcome
+from zsq_ext.methods.qat import QatConfig
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.quality import measure
 from zsq_ext.synth.teacher import Teacher
@@ -39,6 +51,8 @@ def quantize(
     placement: str | None = None,
     edge_bits: int | None = None,
     sites: Mapping[str, int] | None = None,
+    a_range: str = "ema",
+    w_range: str = "minmax",
     config: QatConfig | None = None,
     images: Tensor | Images | None = None,
     labels: Tensor | None = None,
@@ -64,6 +78,7 @@ def quantize(
         tune: how the images are used: ``"qat"`` or ``"none"``; None leaves it to the method.
         ideas: published ideas to add to the method, such as ``LowPass(d0=8)``; one of a kind replaces the method's own.
         placement, edge_bits, sites: see ``QConfig``; None leaves them to the method.
+        a_range, w_range: how ranges are found, see ``QConfig``.
         config: all hyperparameters at once, instead of ``preset`` and ``profile``.
         images, labels: use these instead of making images: what ``synthesize`` returned, or a tensor (N, C, H, W) in
             normalised space, of which an eighth (up to 256) is held out from tuning. Without labels, (N,) int64, the
@@ -96,30 +111,32 @@ def quantize(
             placement=placement or chosen.placement,
             edge_bits=edge_bits if edge_bits is not None else chosen.edge_bits,
             sites=sites or {},
+            a_range=a_range,
+            w_range=w_range,
         )
         settings = settings_of(chosen, preset, profile, tune, ideas, config)
         teacher, spec = enter(model, input_shape, input_spec, num_classes, device)
         given = given_images(images, labels, teacher, spec, seed)
         check_early(teacher, spec, qconfig, settings, given)
+        check_test(test, spec)
         names = _names(chosen, method, preset, profile, config)
-        job = _job(
-            teacher, spec, qconfig, settings, names, seed, out, resume, progress or Progress(), given, _evaluator(test)
-        )
+        evaluator = None if test is None else _Evaluator(test)
+        job = _job(teacher, spec, qconfig, settings, names, seed, out, resume, progress or Progress(), given, evaluator)
     outcome = chosen.run(job, settings)
-    evaluations = outcome.evaluations
-    if test is not None and not evaluations:
-        evaluations = [{"epoch": 0, "top1": evaluate(outcome.student, test())}]
-    held_out = outcome.images.held_out if len(outcome.images.held_out) else outcome.images.images[:256]
+    unseen = len(outcome.images.held_out) > 0
+    judges = outcome.images.held_out if unseen else outcome.images.images[:256]
+    with job.progress.stage("quality", len(judges)) as meter:
+        quality = measure(teacher, outcome.student, qconfig, judges, unseen=unseen, advance=meter.advance)
     result = Result(
         model=outcome.student.eval(),
         images=outcome.images.images,
         labels=outcome.images.labels,
-        quality=measure(teacher, outcome.student, qconfig, held_out),
+        quality=quality,
         spec=spec,
         qconfig=qconfig,
         config=job.run.config,
         histories=outcome.histories,
-        evaluations=evaluations,
+        evaluations=_evaluations(evaluator, settings, outcome),
         seconds=time.perf_counter() - begin,
         measure_teacher=None if test is None else lambda: evaluate(teacher, test()),
     )
@@ -157,7 +174,7 @@ def synthesize(
         names = _names(chosen, method, preset, profile, config)
         # images do not depend on the bits; any configuration stands for all
         job = _job(teacher, spec, QConfig(8, 8), settings, names, seed, out, resume, progress or Progress())
-    made = synthesise(job, settings)
+    made = chosen.synthesise(job, settings)
     job.run.save("images", made.tensors(), {"spec": spec.to_dict()})
     return made
 
@@ -182,7 +199,7 @@ def _job(
     resume: bool,
     progress: Progress,
     given: Images | None = None,
-    evaluate: Callable[[fx.GraphModule], float] | None = None,
+    evaluate: Callable[[fx.GraphModule], dict[str, Any]] | None = None,
 ) -> Job:
     """The job, with a run folder that belongs to exactly this configuration."""
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -195,6 +212,7 @@ def _job(
         "qconfig": qconfig.to_dict(),
         "spec": spec.to_dict(),
         "seed": seed,
+        "version": __version__,
         "model": fingerprint(teacher.state_dict()),
         "images": None if given is None else _fingerprint_of(given),
     }
@@ -206,8 +224,32 @@ def _fingerprint_of(given: Images) -> str:
     return fingerprint({"images": given.images, "labels": given.labels, "held_out": given.held_out})
 
 
-def _evaluator(test: Batches | None) -> Callable[[fx.GraphModule], float] | None:
-    return None if test is None else lambda student: evaluate(student, test())
+class _Evaluator:
+    """Measures a student; a record says on which labels, so that a resumed run mixes no two test sets."""
+
+    def __init__(self, test: Batches) -> None:
+        self._test, self.used = test, False
+
+    def __call__(self, student: fx.GraphModule) -> dict[str, Any]:
+        self.used = True
+        digest = hashlib.sha256()
+
+        def watched() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in self._test():
+                images, labels = pair_of(batch)
+                digest.update(labels.cpu().numpy().tobytes())
+                yield images, labels
+
+        return {"top1": evaluate(student, watched()), "test": digest.hexdigest()[:16]}
+
+
+def _evaluations(evaluator: _Evaluator | None, settings: QatConfig, outcome: Outcome) -> list[dict[str, Any]]:
+    """The accuracy by epoch, all on one set of test data: this call's, if it was given any."""
+    by_epoch = {row["epoch"]: row for row in outcome.evaluations}
+    if evaluator is not None and not evaluator.used:  # nothing was tuned, or it was tuned before this call
+        by_epoch[settings.tune.epochs] = {"epoch": settings.tune.epochs, **evaluator(outcome.student)}
+    rows = list(by_epoch.values())
+    return [{"epoch": row["epoch"], "top1": row["top1"]} for row in rows if row["test"] == rows[-1]["test"]]
 
 
 def _keep(run: Run, result: Result, images: Images) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from zsq_ext.api.arguments import example_for, speaking_as
+from zsq_ext.api.arguments import example_for, pair_of, speaking_as
 from zsq_ext.core.run import load_tensors, save_tensors
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.quant.capture import capture
@@ -23,9 +23,6 @@ from zsq_ext.quant.quality import Quality
 FORMAT = "zsq_ext.quantized"
 FORMAT_VERSION = 1
 
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Gives an iterable of (images in normalised space (N, C, H, W), labels (N,)), afresh at every call."""
-
 
 @dataclass(frozen=True, repr=False)
 class Result:
@@ -33,7 +30,7 @@ class Result:
 
     Attributes:
         model: the fake-quantized network, ready to evaluate or to train on; on the caller's model's device.
-        images: the synthetic images (N, C, H, W) it was tuned on, in the network's normalised space.
+        images: the synthetic images (N, C, H, W) behind the tuning, in the network's normalised space, unfiltered.
         labels: their labels (N,).
         quality: agreement, divergence and per-layer figures on held-out synthetic images; needs no data.
         spec: what the network expects at its input.
@@ -41,9 +38,9 @@ class Result:
         config: method, hyperparameters, seed: everything that decided the result.
         histories: loss values by stage, [{"step": n, term: value}]; under ``"calibration"`` the activation ranges by
             batch, [{"step": n, "lo": [...], "hi": [...]}] with one value per site.
-        evaluations: [{"epoch": n, "top1": percent}], only where test data was given; epoch 0 is a network that was not
-            tuned at all.
-        seconds: wall time of the whole run.
+        evaluations: [{"epoch": n, "top1": percent}] on the test data of this call, if any; epoch 0 is a network that
+            was not tuned at all.
+        seconds: wall time of this call; a resumed run counts from where it was resumed.
     """
 
     model: fx.GraphModule
@@ -112,24 +109,13 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     device = torch.device("cpu") if parameter is None else parameter.device
     right = total = 0
     for batch in batches:
-        images, labels = _pair(batch)
+        images, labels = pair_of(batch)
         images = images.to(device, memory_format=torch.channels_last)
         right += int((model(images).argmax(1) == labels.to(device)).sum())
         total += len(labels)
     if total == 0:
         raise ValueError("evaluate: batches must hold at least one image, got none")
     return 100 * right / total
-
-
-def _pair(batch: object) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
-        got = [type(part).__name__ for part in batch] if isinstance(batch, tuple | list) else type(batch).__name__
-        raise TypeError(f"evaluate: batches must give pairs of tensors (images, labels), got {got}")
-    images, labels = batch
-    if images.ndim != 4 or labels.shape != images.shape[:1]:
-        shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
-        raise ValueError(f"evaluate: batches must have shapes (N, C, H, W) and (N,), got {shapes}")
-    return images, labels
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:

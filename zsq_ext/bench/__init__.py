@@ -44,7 +44,7 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
     table = [[*header, *(["outside convolutions"] if whole_steps else []), "faster than"]]
     for r in result["rows"]:
         floor = "" if r["pct_of_floor"] is None else f"{r['pct_of_floor']:.0f}"
-        peers = ", ".join(f"{name} {ms / r['ms']:.1f}x" for name, ms in r["peers"].items())
+        peers = ", ".join(f"{name} {ms / r['ms']:.2f}x" for name, ms in r["peers"].items())
         spread = f"{r['ms_p10']:.4g}-{r['ms_p90']:.4g}"
         names = [r[key] for key in ("op", "case", "dtype", "device", "backend", "pass")]
         outside = [f"{100 * r['outside_convolutions']:.0f} %"] if whole_steps else []

@@ -96,9 +96,7 @@ def demo(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
-    with clock("drawing the test images"):
-        progress.say(f"drawing {test_images} test images")
-        test = TestSet(test_images, batch=BATCH)
+    test = TestSet(test_images, batch=BATCH, on_draw=lambda: progress.say(f"drawing {test_images} test images"))
     with clock("testing"):
         rows = [Accuracy("teacher", "float", _top1(network, test, "testing the teacher", progress))]
     with clock("making images"):

@@ -127,13 +127,22 @@ def peak_mb(function: Callable[[], Any], device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def assert_equal(name: str, got: Tensor, expected: Tensor) -> None:
+def assert_equal(name: str, got: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
     """Refuses to time what is wrong.
+
+    Args:
+        name: what was computed.
+        got, expected: the values; NaN equals NaN.
+        tolerance: of the difference's norm relative to the expected one's; 0 asks for the same bits.
 
     Raises:
         RuntimeError: the values differ.
     """
-    if not torch.equal(got.nan_to_num(), expected.nan_to_num()):
+    got, expected = got.nan_to_num(), expected.nan_to_num()
+    same = torch.equal(got, expected)
+    if not same and tolerance > 0:
+        same = bool((got - expected).norm() <= tolerance * expected.norm())
+    if not same:
         raise RuntimeError(f"bench: {name} differs from the reference; not timed")
 
 

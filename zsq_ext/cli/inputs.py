@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.run import load_tensors
 from zsq_ext.core.spec import InputSpec
-from zsq_ext.methods.qat import Images
+from zsq_ext.methods.job import Images
 from zsq_ext.tune.ideas import BY_NAME, Idea
 from zsq_ext.zoo import small_nets, teachers, textured_shapes, torchvision_nets
 from zsq_ext.zoo.adapters import load_checkpoint

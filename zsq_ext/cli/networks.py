@@ -55,6 +55,8 @@ def quantize(
     ] = None,
     placement: Annotated[str | None, typer.Option(help="Rounded activations: after_relu, all_layers.")] = None,
     edge_bits: Annotated[int | None, typer.Option(help="Bits of the first and last layer.")] = None,
+    a_range: Annotated[str, typer.Option(help="Activation ranges: ema, minmax, lp, legacy_ema.")] = "ema",
+    w_range: Annotated[str, typer.Option(help="Weight ranges: minmax, lp.")] = "minmax",
     images: Annotated[
         Path | None, typer.Option(help="Use these instead of making images: what synthesize wrote, images.safetensors.")
     ] = None,
@@ -94,6 +96,8 @@ def quantize(
         ideas=ideas,
         placement=placement,
         edge_bits=edge_bits,
+        a_range=a_range,
+        w_range=w_range,
         images=None if images is None else inputs.images(images),
         test=None if tested is None else tested.batches,
         seed=seed,
@@ -193,11 +197,13 @@ def evaluate(
     networks: dict[str, torch.nn.Module] = {}
     if network.trained:
         networks["float"] = network.model
+    # in its place before it is captured: a graph may create tensors where the model was
+    model_there = network.model.to(device=place)
     if quantized is not None:
-        networks["quantized"] = api.load(quantized, network.model)
+        networks["quantized"] = api.load(quantized, model_there)
     found = {}
     for name, module in networks.items():
-        module = module.to(device=place, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         found[name] = api.evaluate(module, inputs.watched(tested, f"testing {name}", progress))
     facts = {"model": network.name, "data": tested.name, "test_images": tested.count, "top1": found}
     write_json(json, facts)

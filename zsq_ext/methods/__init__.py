@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zsq_ext.methods import controls, hast, synq
-from zsq_ext.methods.qat import Job, Outcome, QatConfig
+from zsq_ext.methods.job import Images, Job, Outcome
+from zsq_ext.methods.qat import QatConfig, synthesise
 
 PRESETS = ("smoke", "cifar", "imagenet")
 
@@ -15,20 +16,21 @@ PRESETS = ("smoke", "cifar", "imagenet")
 class Method:
     """A method as the front door sees it.
 
-    ``profiles`` are the variants where sources differ, the default first; ``placement`` and ``edge_bits`` are where
-    and how finely the method quantizes unless told otherwise.
+    ``run`` does all of it, ``synthesise`` makes the images alone. ``profiles`` are the variants where sources differ,
+    the default first; ``placement`` and ``edge_bits`` are where and how finely it quantizes unless told otherwise.
     """
 
     summary: str
     config: Callable[[str, str], QatConfig]
     run: Callable[[Job, QatConfig], Outcome]
+    synthesise: Callable[[Job, QatConfig], Images] = synthesise
     profiles: tuple[str, ...] = ("repo",)
     placement: str = "after_relu"
     edge_bits: int | None = None
 
 
 METHODS = {
-    "synq": Method("SynQ, ICLR 2025", synq.config, synq.run, ("repo", "paper")),
+    "synq": Method("SynQ, ICLR 2025", synq.config, synq.run, profiles=("repo", "paper")),
     "hast": Method("HAST, CVPR 2023: SynQ's pipeline without its three ideas", hast.config, hast.run),
     "minmax": Method("control: ranges from synthetic images, nothing tuned", controls.minmax, synq.run),
     "noise": Method("control: tuned on Gaussian noise", controls.noise, synq.run),

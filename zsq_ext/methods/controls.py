@@ -15,6 +15,7 @@ def minmax(preset: str, profile: str) -> QatConfig:
 
 
 def noise(preset: str, profile: str) -> QatConfig:
-    """The same tuning as SynQ without its ideas, on Gaussian noise with random labels: is the data of any use?"""
+    """SynQ's tuning without its three ideas, on Gaussian noise with random labels: is the data of any use?"""
     base = synq.config(preset, "repo")
-    return replace(base, source="noise", distill=replace(base.distill, ideas=()), ranges="images")
+    ideas = tuple(idea for idea in base.distill.ideas if not isinstance(idea, synq.IDEAS))
+    return replace(base, source="noise", distill=replace(base.distill, ideas=ideas), ranges="images")

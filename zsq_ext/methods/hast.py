@@ -22,5 +22,7 @@ def config(preset: str, profile: str) -> QatConfig:
         FeatureAlign(weight=1000),  # hard-coded; the configurations' 1000, 2000 and 4000 are ignored
         Perturb(weight=1, eps=0.01, feature_alignment=True),
     )
-    tune = base.tune if preset == "smoke" else replace(base.tune, lr=1e-5 if preset == "cifar" else 1e-6)
+    tune = base.tune
+    if preset != "smoke":
+        tune = replace(tune, epochs=147, lr=1e-5 if preset == "cifar" else 1e-6)  # 151 less 4 of warm-up
     return replace(base, distill=replace(base.distill, ce=0.0, ideas=ideas), tune=tune)

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
-from zsq_ext.core.progress import Progress
+from zsq_ext.core.check import require
 from zsq_ext.core.rng import stream
-from zsq_ext.core.run import Run
 from zsq_ext.core.spec import InputSpec
-from zsq_ext.core.steps import Stage, Terms
-from zsq_ext.quant.config import QConfig
+from zsq_ext.core.steps import Terms
+from zsq_ext.methods.job import Images, Job, hold_out
 from zsq_ext.quant.modules import RangeTrace, activation_quantizers, calibrating
 from zsq_ext.synth.filters import LowPass as LowPassFilter
 from zsq_ext.synth.generator import GeneratorConfig, train_generator
@@ -33,62 +32,9 @@ from zsq_ext.tune.distill import DistillConfig, Distiller
 from zsq_ext.tune.finetune import TuneConfig, Tuned, finetune
 from zsq_ext.tune.ideas import LowPass
 
-
-@dataclass(frozen=True)
-class Job:
-    """What every method is given: the captured teacher, what is asked for, and where to work."""
-
-    run: Run
-    teacher: fx.GraphModule
-    spec: InputSpec
-    qconfig: QConfig
-    seed: int
-    progress: Progress
-    evaluate: Callable[[fx.GraphModule], float] | None = None
-    given: Images | None = None  # used instead of making images
-
-    def stage(self, name: str) -> Stage:
-        """A named part of the run."""
-        return Stage(self.run, name, self.seed, self.progress)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.teacher.parameters()).device
-
-    @property
-    def num_classes(self) -> int:
-        return self.spec.num_classes or 0  # the front door fills it in
-
-
-@dataclass(frozen=True)
-class Images:
-    """An image set: the part that tunes and the part held out from tuning, (N, C, H, W) and (N,)."""
-
-    images: Tensor
-    labels: Tensor
-    held_out: Tensor
-    held_out_labels: Tensor
-    history: list[dict] = field(default_factory=list)
-
-    def to(self, device: torch.device) -> Images:
-        """The same set on another device."""
-        images, labels, held_out = self.images.to(device), self.labels.to(device), self.held_out.to(device)
-        return Images(images, labels, held_out, self.held_out_labels.to(device), self.history)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a file of images holds."""
-        names = ("images", "labels", "held_out", "held_out_labels")
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a method returns."""
-
-    student: fx.GraphModule
-    images: Images
-    histories: dict[str, list[dict]]
-    evaluations: list[dict]
+SOURCES = ("pixels", "noise")
+RANGES = ("generator", "images")
+BNS_FORMS = ("mean_var", "mean_std")
 
 
 @dataclass(frozen=True)
@@ -115,6 +61,18 @@ class QatConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+
+    def __post_init__(self) -> None:
+        require("QatConfig", "source", self.source, self.source in SOURCES, f"be one of {', '.join(SOURCES)}")
+        require("QatConfig", "images", self.images, self.images >= 1, "be at least 1")
+        require("QatConfig", "held_out", self.held_out, self.held_out >= 0, "be at least 0")
+        require("QatConfig", "bns_form", self.bns_form, self.bns_form in BNS_FORMS, f"be one of {', '.join(BNS_FORMS)}")
+        require("QatConfig", "ranges", self.ranges, self.ranges in RANGES, f"be one of {', '.join(RANGES)}")
+        require("QatConfig", "range_steps", self.range_steps, self.range_steps >= 1, "be at least 1")
+        require("QatConfig", "range_batch", self.range_batch, self.range_batch >= 1, "be at least 1")
+        for name in ("bns", "beta", "gamma", "lbns"):
+            require("QatConfig", name, getattr(self, name), getattr(self, name) >= 0, "be at least 0")
+        require("QatConfig", "lbns", self.lbns, self.lbns == 0 or self.centres, "be 0 without centres")
 
 
 def low_pass(config: QatConfig, spec: InputSpec, device: torch.device, when: str) -> Callable[[Tensor], Tensor] | None:
@@ -144,12 +102,6 @@ def synthesise(job: Job, config: QatConfig) -> Images:
     # without L-BNS the centres join the tuning set
     own = torch.arange(job.num_classes, device=job.device)
     return replace(made, images=torch.cat([made.images, centres]), labels=torch.cat([made.labels, own]))
-
-
-def hold_out(images: Tensor, labels: Tensor, count: int, history: list[dict] | None = None) -> Images:
-    """Splits the last ``count`` images off."""
-    cut = len(images) - count
-    return Images(images[:cut], labels[:cut], images[cut:], labels[cut:], history or [])
 
 
 def inception(config: QatConfig, teacher: Teacher, centres: Tensor | None) -> Objective:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from zsq_ext.methods.qat import Job, Outcome, QatConfig, calibrate, low_pass, synthesise, tune
+from zsq_ext.methods.job import Job, Outcome
+from zsq_ext.methods.qat import QatConfig, calibrate, low_pass, synthesise, tune
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.synth.generator import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
 from zsq_ext.tune.distill import DistillConfig
 from zsq_ext.tune.finetune import TuneConfig
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, Perturb, SoftLabels
+
+IDEAS = (LowPass, CamAlign, SoftLabels)
+"""What the paper adds; the rest of the released loss is HAST's."""
 
 
 def run(job: Job, config: QatConfig) -> Outcome:
@@ -41,7 +45,8 @@ _IMAGENET = QatConfig(
     pixels=PixelConfig(batch=256, iterations=1000, crop_probability=0.5),
     beta=0.1,  # run scripts
     gamma=0.5,
-    generator=GeneratorConfig(steps=800, batch=16),
+    ranges="images",  # the released generator for 224 px is another network, which is not here
+    range_steps=40,
     distill=DistillConfig(
         ce=0.5,  # the one published setting: R18 W3A3
         ideas=(
@@ -63,6 +68,8 @@ _IMAGENET = QatConfig(
 _CIFAR = replace(
     _IMAGENET,
     pixels=PixelConfig(batch=256, iterations=1000),  # no augmentation on CIFAR
+    ranges="generator",  # as released
+    generator=GeneratorConfig(steps=800, batch=16),
     beta=10.0,  # HAST's CIFAR values; SynQ's are not published
     gamma=2.0,
     distill=replace(

@@ -1,5 +1,6 @@
 """The ops: fast, bit-exact across backends, and usable alone under autograd, compile and export."""
 
+from zsq_ext.ops.bn_act import bn_act, channel_sums, statistics_of
 from zsq_ext.ops.fake_quant import fake_quant
 
-__all__ = ["fake_quant"]
+__all__ = ["bn_act", "channel_sums", "fake_quant", "statistics_of"]

@@ -1,9 +1,11 @@
 """Backend `cpu`: C++ with AVX2 and threads, from csrc/cpu/."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from zsq_ext.ops import native
+from zsq_ext.ops import native, native_bn_act
 from zsq_ext.ops.layout import DTYPE_CODE
 
 
@@ -34,3 +36,21 @@ def fake_quant_lsq_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call, threads = native.module.cpu_fake_quant_lsq_backward, torch.get_num_threads()
     return native.fake_quant_lsq_backward(call, None, threads, grad, x, scale, zero_point, qmin, qmax, axis)[0]
+
+
+def bn_act(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    threads = torch.get_num_threads()
+    return native_bn_act.forward(native.module.cpu_bn_act, (threads,), u, *rest)[0]
+
+
+def bn_act_backward(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    threads = torch.get_num_threads()
+    return native_bn_act.backward(native.module.cpu_bn_act_backward, (threads,), u, *rest)[0]
+
+
+def channel_sums(u: Tensor, mean: Tensor, stats: str) -> tuple[Tensor, Tensor]:
+    return bn_act(u, mean, *native_bn_act.NO_Y, stats, False)[1:3]
+
+
+def channel_sums_backward(u: Tensor, mean: Tensor, grad_s1: Tensor, grad_s2: Tensor) -> Tensor:
+    return bn_act_backward(u, None, grad_s1, grad_s2, mean, *native_bn_act.ONLY_SUMS)[0]

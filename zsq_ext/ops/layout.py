@@ -1,5 +1,7 @@
 """How a tensor is handed to code that knows only pointers: dense memory, seen as [outer, channels, inner]."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,39 @@ def channels_of(out: Tensor, scale: Tensor, axis: int | None) -> tuple[int, int]
     channels = scale.numel()
     # In dense memory the stride of a dimension is the number of elements that vary faster.
     return (channels, out.stride(axis)) if channels > 1 and axis is not None else (1, out.numel())
+
+
+# kernels/bn_act.h holds the same codes.
+ACT_CODE = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
+
+
+def channels_last(u: Tensor) -> bool:
+    """Whether u's channels, dimension 1, lie side by side in memory though they are not its last dimension."""
+    return u.dim() > 2 and u.stride(1) == 1 and not u.is_contiguous()
+
+
+def arranged(t: Tensor, last: bool) -> Tensor:
+    """t (N, C, ...) in dense memory, channels varying fastest where `last`, in the order of its shape elsewhere."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if last else t.contiguous()
+
+
+def empty_arranged(u: Tensor, last: bool) -> Tensor:
+    """Memory for a tensor of u's shape and dtype in the order of `arranged`."""
+    order = (0, *range(2, u.dim()), 1) if last else tuple(range(u.dim()))
+    return torch.empty_permuted(u.shape, order, dtype=u.dtype, device=u.device)
+
+
+def rows_of(u: Tensor) -> tuple[int, int]:
+    """(rows, length) of u (N, C, ...) in its own memory format: a row is what varies fastest.
+
+    All channels of one place where channels are last, or where there is only one place; one channel's places elsewhere.
+    """
+    n, c, places, last = places_of(u)
+    return (n * places, c) if last else (n * c, places)
+
+
+def places_of(u: Tensor) -> tuple[int, int, int, bool]:
+    """(samples, channels, places, whether the channels vary fastest): how kernels see u (N, C, ...)."""
+    n, c, *spatial = u.shape
+    places = math.prod(spatial)
+    return n, c, places, places == 1 or channels_last(u)

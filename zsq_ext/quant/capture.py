@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from zsq_ext.quant.graph import CONVOLUTIONS, LINEARS, attribute, batch_norms, module_of
+from zsq_ext.quant.graph import CONVOLUTIONS, LINEARS, attribute, batch_norms, module_of, through
 
 aten = torch.ops.aten
 
@@ -33,6 +33,17 @@ _DROPOUTS = {
     aten.feature_dropout.default,
     aten.alpha_dropout.default,
     aten.feature_alpha_dropout.default,
+}
+
+
+# products that only a parameter makes a layer
+_PRODUCTS = {
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.einsum.default,
 }
 
 
@@ -77,7 +88,7 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
         except _MODEL_ERRORS as error:
             raise NotImplementedError(_why_not(error, where())) from error
     module = _functional(program.module(check_guards=False))
-    _check_weights(module)
+    _check_weights(own, module)
     _check_batch_norms(own, module)
     _check_values(own, module, example)
     return module
@@ -143,14 +154,33 @@ def _check_output(output: object, example: Tensor) -> None:
         )
 
 
-def _check_weights(module: fx.GraphModule) -> None:
+def _check_weights(own: nn.Module, module: fx.GraphModule) -> None:
     """A layer whose weight is computed would stay float without a word; one that depends on the image always will."""
+    stored = {name for name, _ in (*own.named_parameters(), *own.named_buffers())}
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in CONVOLUTIONS | LINEARS and node.args[1].op != "get_attr":
+        if node.op != "call_function":
+            continue
+        if node.target in CONVOLUTIONS | LINEARS and not _is_stored(node.args[1], stored):
             raise NotImplementedError(
                 f"capture: {_module(node)} computes the weight of its {_name(node)} while it runs; bake it into a "
                 "parameter first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm)"
             )
+        if node.target in _PRODUCTS and any(_is_matrix(source) for source in node.all_input_nodes):
+            raise NotImplementedError(
+                f"capture: {_module(node)} multiplies by a parameter with {_name(node)}, which would stay float; write "
+                "it as torch.nn.Linear or torch.nn.functional.linear"
+            )
+
+
+def _is_stored(weight: fx.Node, stored: set[str]) -> bool:
+    """True for a parameter or buffer of the model; weight_norm keeps a plain tensor that it computes from others."""
+    return weight.op == "get_attr" and str(weight.target) in stored
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    """True for a parameter, or a view of one, that a layer could hold as its weight."""
+    node = through(node)
+    return node.op == "get_attr" and node.meta["val"].ndim >= 2
 
 
 def _check_batch_norms(model: nn.Module, module: fx.GraphModule) -> None:

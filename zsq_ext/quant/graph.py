@@ -29,7 +29,15 @@ LINEARS = {aten.linear.default}
 LAYERS = CONVOLUTIONS | LINEARS
 BATCH_NORMS = {aten.batch_norm.default}
 # relu and its clipped relatives: zero below, so that an unsigned grid fits
-RELUS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default}
+RELUS = {
+    aten.relu.default,
+    aten.relu6.default,
+    aten.hardtanh.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clip.default,
+    aten.threshold.default,
+}
 OTHER_ACTIVATIONS = {
     aten.hardtanh.default,
     aten.leaky_relu.default,
@@ -132,6 +140,8 @@ def is_relu(node: fx.Node) -> bool:
         return False
     if node.target in (aten.relu.default, aten.relu6.default):
         return True
+    if node.target is aten.threshold.default:
+        return node.args[1] == 0 and node.args[2] == 0
     return len(node.args) > 1 and node.args[1] == 0
 
 
@@ -157,7 +167,7 @@ def upper_bound(node: fx.Node) -> float | None:
     """Where a ReLU saturates: 6 for ReLU6, None for ReLU."""
     if node.target is aten.relu6.default:
         return 6.0
-    if node.target in (aten.hardtanh.default, aten.clamp.default):
+    if node.target in (aten.hardtanh.default, aten.clamp.default, aten.clip.default):
         high = node.args[2] if len(node.args) > 2 else None
         return None if high is None else float(high)
     return None

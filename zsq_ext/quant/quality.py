@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,13 +41,15 @@ class Quality:
     """Label-free quality on ``images`` synthetic images that tuning never saw.
 
     ``agreement`` is the percentage of images on which student and teacher predict the same class, ``kl`` the mean
-    divergence KL(teacher || student) in nats, ``layers`` one row per site in execution order.
+    divergence KL(teacher || student) in nats, ``layers`` one row per site in execution order. ``unseen`` is False where
+    there were no such images and the tuned ones had to serve: the figures flatter then.
     """
 
     images: int
     agreement: float
     kl: float
     layers: tuple[Layer, ...]
+    unseen: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: None stands for it."""
@@ -54,18 +57,29 @@ class Quality:
         for layer in layers:
             if math.isinf(layer["sqnr_db"]):
                 layer["sqnr_db"] = None
-        return {"images": self.images, "agreement": self.agreement, "kl": self.kl, "layers": layers}
+        figures = {"images": self.images, "unseen": self.unseen, "agreement": self.agreement, "kl": self.kl}
+        return {**figures, "layers": layers}
 
 
 @torch.no_grad()
-def measure(teacher: fx.GraphModule, student: fx.GraphModule, config: QConfig, images: Tensor) -> Quality:
+def measure(
+    teacher: fx.GraphModule,
+    student: fx.GraphModule,
+    config: QConfig,
+    images: Tensor,
+    *,
+    unseen: bool = True,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Quality:
     """Compares a prepared student with its teacher.
 
     Args:
         teacher: the captured float network.
         student: the prepared network, calibrated and maybe tuned.
         config: the configuration the student was prepared with.
-        images: (N, C, H, W) in normalised space, N >= 1, not used for tuning.
+        images: (N, C, H, W) in normalised space, N >= 1.
+        unseen: whether tuning did without them.
+        advance: called with the number of images that were just done.
 
     Returns:
         Agreement, divergence, and a row per site.
@@ -90,11 +104,12 @@ def measure(teacher: fx.GraphModule, student: fx.GraphModule, config: QConfig, i
             signal[i] += reference.double().square().sum()
             noise[i] += (reference - value).double().square().sum()
             kl_alone[i] += _kl(expected, network(chunk))
+        advance(len(chunk))
     # 0 / 0 counts as nothing lost: a dead site stayed dead
     sqnr = torch.where(noise == 0, math.inf, 10 * torch.log10(signal / noise))
     rows = zip(sites, sqnr.tolist(), (kl_alone / len(images)).tolist(), strict=True)
     layers = tuple(Layer(site.name, site.kind, site.bits, db, loss) for site, db, loss in rows)
-    return Quality(len(images), 100 * agree.item() / len(images), kl.item() / len(images), layers)
+    return Quality(len(images), 100 * agree.item() / len(images), kl.item() / len(images), layers, unseen)
 
 
 def _with_one(teacher: fx.GraphModule, student: fx.GraphModule, site: Site, quantizer: fx.Node) -> fx.GraphModule:

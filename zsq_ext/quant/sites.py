@@ -66,7 +66,8 @@ class Weight:
 
 @dataclass(frozen=True)
 class Activation:
-    """One tensor to quantize: the node behind which the quantizer goes, and whether it can be negative."""
+    """One tensor to quantize: the node behind which the quantizer goes, and whether it is the image, the logits or
+    something between."""
 
     name: str
     node: str

@@ -187,6 +187,8 @@ def classifier_tail(module: fx.GraphModule) -> ClassifierTail | None:
     node = through_quantizer(node.args[0])
     pre_activation = node
     if node.target in ADDITIONS:
+        if node.kwargs.get("alpha", 1) != 1:  # a scaled branch scales its gradient too
+            return None
         shorter = _shorter_branch(node)
         operands = [through_quantizer(arg) for arg in node.args if isinstance(arg, fx.Node)]
         if shorter is None or len(operands) != 2:

@@ -232,6 +232,7 @@ def _epochs(results: Mapping[str, Result]) -> Html:
 
 def _quality(results: Mapping[str, Result]) -> Html:
     rows = []
+    seen = [name for name, result in results.items() if not result.quality.unseen]
     for name, result in results.items():
         quality = result.quality
         rows.append((name, quality.images, f"{quality.agreement:.2f}", f"{quality.kl:.4g}"))
@@ -240,6 +241,8 @@ def _quality(results: Mapping[str, Result]) -> Html:
         "both predict the same class; the divergence is the mean of KL(teacher || student). Neither is an accuracy: on "
         "real images the two networks may agree less, or be wrong together."
     )
+    if seen:
+        words += f" In {', '.join(seen)} none were held out: the tuned images had to serve, and the figures flatter."
     header = ("run", "images", "agreement (%)", "divergence (nats)")
     return Html(html.table(header, rows, numeric=(1, 2, 3)) + html.note(words))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zsq_ext.core.check import require
 from zsq_ext.core.steps import Stage, State, Terms, run_steps
 from zsq_ext.synth.objectives import bn_statistics_loss, cross_entropy
 from zsq_ext.synth.teacher import Teacher
@@ -25,6 +26,12 @@ class GeneratorConfig:
     lr: float = 1e-3
     betas: tuple[float, float] = (0.5, 0.999)
     bns: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "latent"):
+            require("GeneratorConfig", name, getattr(self, name), getattr(self, name) >= 1, "be at least 1")
+        require("GeneratorConfig", "lr", self.lr, self.lr > 0, "be positive")
+        require("GeneratorConfig", "bns", self.bns, self.bns >= 0, "be at least 0")
 
 
 class Generator(nn.Module):

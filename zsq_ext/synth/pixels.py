@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zsq_ext.core.check import require
 from zsq_ext.core.steps import Stage, State, Terms, end_stage, run_steps
 from zsq_ext.synth.augment import random_resized_crop_flip
 from zsq_ext.synth.teacher import Context, Teacher
@@ -33,6 +34,16 @@ class PixelConfig:
     min_lr: float = 1e-4
     crop_probability: float = 0.0  # of augmenting the whole batch in an iteration; 0.5 on ImageNet
     crop_scale: tuple[float, float] = (0.4, 1.0)
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "iterations"):
+            require("PixelConfig", name, getattr(self, name), getattr(self, name) >= 1, "be at least 1")
+        for name in ("lr", "factor"):
+            require("PixelConfig", name, getattr(self, name), getattr(self, name) > 0, "be positive")
+        for name in ("patience", "min_lr"):
+            require("PixelConfig", name, getattr(self, name), getattr(self, name) >= 0, "be at least 0")
+        probability = self.crop_probability
+        require("PixelConfig", "crop_probability", probability, 0 <= probability <= 1, "be in [0, 1]")
 
 
 def make_images(

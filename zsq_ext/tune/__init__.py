@@ -1,1 +1,1 @@
-"""Using images: fine-tuning, block reconstruction and their losses."""
+"""Using images: fine-tuning, its losses and the published ideas around it."""

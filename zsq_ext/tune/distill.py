@@ -14,12 +14,21 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx
 
+from zsq_ext.core.check import require
 from zsq_ext.core.steps import Terms
 from zsq_ext.quant.graph import attribute, with_taps
 from zsq_ext.quant.structure import ClassifierTail, cam_layer, classifier_tail, feature_maps
 from zsq_ext.tune.cam import ALPHA_FLOOR, autograd_alpha, bn_slope, cam_classes, cam_loss, closed_form_alpha
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, Perturb, SoftLabels
-from zsq_ext.tune.losses import difficulty, easy_mask, feature_alignment, kd, masked_ce, signed_perturbation
+from zsq_ext.tune.losses import (
+    KD_SCALINGS,
+    difficulty,
+    easy_mask,
+    feature_alignment,
+    kd,
+    masked_ce,
+    signed_perturbation,
+)
 
 Kind = TypeVar("Kind")
 
@@ -33,6 +42,12 @@ class DistillConfig:
     temperature: float = 20.0
     ce: float = 0.5  # lambda_CE
     ideas: tuple[Idea, ...] = ()
+
+    def __post_init__(self) -> None:
+        require("DistillConfig", "kd", self.kd, self.kd in KD_SCALINGS, f"be one of {', '.join(KD_SCALINGS)}")
+        require("DistillConfig", "temperature", self.temperature, self.temperature > 0, "be positive")
+        for name in ("alpha", "ce"):
+            require("DistillConfig", name, getattr(self, name), getattr(self, name) >= 0, "be at least 0")
 
     def find(self, kind: type[Kind]) -> Kind | None:
         """The idea of that kind, if it is switched on and has any weight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from zsq_ext.core.check import require
 from zsq_ext.core.steps import Stage, State, Terms, run_steps
 from zsq_ext.synth.augment import random_resized_crop_flip
 from zsq_ext.tune.distill import sum_terms
@@ -34,6 +36,15 @@ class TuneConfig:
     clip: float | None = None  # gradient norm; ours, not published: lets a short run take large steps at 3 bits
     crop_scale: tuple[float, float] | None = (0.5, 1.0)  # None: no augmentation
 
+    def __post_init__(self) -> None:
+        require("TuneConfig", "epochs", self.epochs, self.epochs >= 0, "be at least 0")
+        for name in ("steps_per_epoch", "batch"):
+            require("TuneConfig", name, getattr(self, name), getattr(self, name) >= 1, "be at least 1")
+        for name in ("lr", "momentum", "weight_decay"):
+            require("TuneConfig", name, getattr(self, name), getattr(self, name) >= 0, "be at least 0")
+        require("TuneConfig", "nesterov", self.nesterov, not self.nesterov or self.momentum > 0, "have a momentum")
+        require("TuneConfig", "clip", self.clip, self.clip is None or self.clip > 0, "be None or positive")
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -52,7 +63,7 @@ def finetune(
     config: TuneConfig,
     *,
     filter_batch: Callable[[Tensor], Tensor] | None = None,
-    evaluate: Callable[[fx.GraphModule], float] | None = None,
+    evaluate: Callable[[fx.GraphModule], dict[str, Any]] | None = None,
 ) -> Tuned:
     """Trains all parameters of the student in place; batch-norm statistics and activation ranges stand still.
 
@@ -64,10 +75,10 @@ def finetune(
         loss: terms of one batch.
         config: length, batch size, learning rate.
         filter_batch: applied to every batch after augmentation (SynQ's released low-pass).
-        evaluate: called after every epoch; only its record is kept, it decides nothing.
+        evaluate: called after every epoch, gives a record with at least {"top1": percent}; it decides nothing.
 
     Returns:
-        The loss history and the evaluations [{"epoch": n, "top1": percent}].
+        The loss history and the evaluations [{"step": n, "epoch": n, "top1": percent, ...}].
 
     Raises:
         Diverged: a loss term was not finite.
@@ -85,12 +96,15 @@ def finetune(
     per_pass = len(images) // batch
     device = images.device
 
+    @functools.lru_cache(maxsize=1)
+    def order_of(number: int) -> Tensor:
+        return torch.randperm(len(images), generator=stage.stream("order", number)).to(device)
+
     def step(n: int) -> Terms:
         epoch = n // config.steps_per_epoch
         for group in optimizer.param_groups:
             group["lr"] = config.lr * 0.1 ** sum(epoch >= e for e in config.lr_epochs)
-        order = torch.randperm(len(images), generator=stage.stream("order", n // per_pass)).to(device)
-        chosen = order[(n % per_pass) * batch :][:batch]
+        chosen = order_of(n // per_pass)[(n % per_pass) * batch :][:batch]
         x, y = images[chosen], labels[chosen]
         if config.crop_scale is not None:
             x = random_resized_crop_flip(x, stage.stream("crop", n, device), config.crop_scale)
@@ -105,10 +119,10 @@ def finetune(
         optimizer.step()
         return terms
 
-    def after_epoch(n: int) -> dict[str, float] | None:
+    def after_epoch(n: int) -> dict[str, Any] | None:
         if evaluate is None or (n + 1) % config.steps_per_epoch:
             return None
-        return {"epoch": (n + 1) // config.steps_per_epoch, "top1": evaluate(student)}
+        return {"epoch": (n + 1) // config.steps_per_epoch, **evaluate(student)}
 
     history = run_steps(
         stage,
@@ -118,4 +132,5 @@ def finetune(
         advice=ADVICE,
         after=after_epoch,
     )
+    optimizer.zero_grad(set_to_none=True)  # the student leaves with weights, not with the last step's gradients
     return Tuned([row for row in history if "top1" not in row], [row for row in history if "top1" in row])

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from zsq_ext.core.check import require
+
 
 @dataclass(frozen=True)
 class LowPass:
@@ -22,8 +24,8 @@ class LowPass:
     when: Literal["once", "step"] = "step"
 
     def __post_init__(self) -> None:
-        _require("LowPass", "d0", self.d0, self.d0 > 0, "be positive")
-        _require("LowPass", "when", self.when, self.when in ("once", "step"), 'be "once" or "step"')
+        require("LowPass", "d0", self.d0, self.d0 > 0, "be positive")
+        require("LowPass", "when", self.when, self.when in ("once", "step"), 'be "once" or "step"')
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,10 @@ class CamAlign:
     normalise: Literal["minmax_upsampled", "raw", "minmax_native"] = "minmax_upsampled"
 
     def __post_init__(self) -> None:
-        _require("CamAlign", "weight", self.weight, self.weight >= 0, "be at least 0")
-        _require("CamAlign", "rule", self.rule, self.rule in ("argmax", "label"), 'be "argmax" or "label"')
+        require("CamAlign", "weight", self.weight, self.weight >= 0, "be at least 0")
+        require("CamAlign", "rule", self.rule, self.rule in ("argmax", "label"), 'be "argmax" or "label"')
         forms = ("minmax_upsampled", "raw", "minmax_native")
-        _require("CamAlign", "normalise", self.normalise, self.normalise in forms, f"be one of {', '.join(forms)}")
+        require("CamAlign", "normalise", self.normalise, self.normalise in forms, f"be one of {', '.join(forms)}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class SoftLabels:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        _require("SoftLabels", "tau", self.tau, 0 <= self.tau <= 1, "be in [0, 1]")
+        require("SoftLabels", "tau", self.tau, 0 <= self.tau <= 1, "be in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class FeatureAlign:
     weight: float = 1000.0
 
     def __post_init__(self) -> None:
-        _require("FeatureAlign", "weight", self.weight, self.weight >= 0, "be at least 0")
+        require("FeatureAlign", "weight", self.weight, self.weight >= 0, "be at least 0")
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Perturb:
     feature_alignment: bool = False
 
     def __post_init__(self) -> None:
-        _require("Perturb", "weight", self.weight, self.weight >= 0, "be at least 0")
-        _require("Perturb", "eps", self.eps, self.eps > 0, "be positive")
+        require("Perturb", "weight", self.weight, self.weight >= 0, "be at least 0")
+        require("Perturb", "eps", self.eps, self.eps > 0, "be positive")
 
 
 Idea = LowPass | CamAlign | SoftLabels | FeatureAlign | Perturb
@@ -116,8 +118,3 @@ def merge(ideas: tuple[Idea, ...], more: tuple[Idea, ...]) -> tuple[Idea, ...]:
 def to_dict(idea: Idea) -> dict[str, Any]:
     """As JSON values, for a run's configuration."""
     return {"idea": type(idea).__name__, **{f.name: getattr(idea, f.name) for f in fields(idea)}}
-
-
-def _require(kind: str, name: str, value: object, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{kind}: {name} must {rule}, got {value!r}")

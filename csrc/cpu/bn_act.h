@@ -1,0 +1,59 @@
+// bn_act, channel_sums and their backwards on the CPU. Contract: zsq_ext/ops/reference.py.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/bn_act.h"
+#include "kernels/dtype.h"
+
+namespace zsq {
+
+// Dense tensors in memory order: [samples, places, channels] where the channels are last, else
+// [samples, channels, places]. "compute" is float, or double where u is double. Null means absent.
+struct BnActArgs {
+  const void* u;         // [n] in its dtype, as residual and y
+  const void* residual;  // [n]
+  void* y;               // [n]; without it only the sums are taken
+  uint8_t* mask;         // one bit per element where relu or relu6 passes a gradient; every row starts a byte
+  const void* mean;      // [channels] compute, as var, gamma and beta
+  const void* var;
+  const void* gamma;
+  const void* beta;
+  void* s1;  // [groups][channels] compute, groups = samples where per_sample, else 1; as s2; both or neither
+  void* s2;
+  double eps;
+  int64_t samples, channels, places;
+  bool last, per_sample;
+  Act act;
+  DType dtype;
+  int threads;
+};
+
+void bn_act(const BnActArgs& args);
+
+struct BnActBackwardArgs {
+  const void* u;         // [n] in its dtype, as grad, residual, du and dr
+  const void* grad;      // [n], of y
+  const void* residual;  // [n], where the activation is smooth
+  const uint8_t* mask;   // as the forward left it
+  const void* mean;      // [channels] compute, as var, gamma and beta
+  const void* var;
+  const void* gamma;
+  const void* beta;
+  const void* grad_s1;  // [groups][channels] compute, as grad_s2; both or neither
+  const void* grad_s2;
+  void* du;      // [n]
+  void* dr;      // [n]
+  void* dgamma;  // [channels] compute, as dbeta; both or neither
+  void* dbeta;
+  double eps;
+  int64_t samples, channels, places;
+  bool last, per_sample;
+  Act act;
+  DType dtype;
+  int threads;
+};
+
+void bn_act_backward(const BnActBackwardArgs& args);
+
+}  // namespace zsq

@@ -4,8 +4,8 @@ Runs on any device and allocates freely. The other backends hold the same functi
 argument order, and give the same bits.
 
 Shapes: x is any shape; scale and zero_point are [1], or [C] with C = x.shape[axis]. A zero_point is int32, or has
-scale's dtype and is rounded half to even before anything else. u, y, residual and their gradients are [N, C, ...]; mean,
-var, gamma and beta are [C]; sums are [C] under stats "batch", [N, C] under "sample".
+scale's dtype and is rounded half to even before anything else. u, y, residual and their gradients are [N, C, ...];
+mean, var, gamma and beta are [C]; sums are [C] under stats "batch", [N, C] under "sample".
 """
 
 import torch

@@ -227,6 +227,8 @@ def fake_quant(
     if torch.is_grad_enabled():
         if grad in ("lsq", "lsq_plus") and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
             return _Lsq.apply(x, scale, zero_point, qmin, qmax, axis, float(grad_scale))
+        if scale.requires_grad:  # the op itself knows no gradient of it, and would say so by a warning
+            scale = scale.detach()
         if x.requires_grad:
             function = _Ste if grad == "ste" else _SteClip
             return function.apply(x, scale, zero_point, qmin, qmax, axis)

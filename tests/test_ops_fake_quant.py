@@ -1,8 +1,8 @@
 """fake_quant: what it means, that every backend gives the same bits, and how it behaves under torch's machinery.
 
-Broken on purpose in LSQ's backward on the CPU, each seen red: dx not masked (per_tensor), x / scale not subtracted inside
-(per_tensor), the clip sum's sign (per_tensor), NaN dropped from it (nan_inf), the last slab lost (threads), the tail's
-lanes lost (axis_1).
+Broken on purpose in LSQ's backward on the CPU, each seen red: dx not masked (per_tensor), x / scale not subtracted
+inside (per_tensor), the clip sum's sign (per_tensor), NaN dropped from it (nan_inf), the last slab lost (threads), the
+tail's lanes lost (axis_1).
 """
 
 import os

@@ -25,10 +25,36 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void cpu_fake_quant(Address grad, Address x, Address out, Address scale, Address zero_point, int dtype, int64_t n,
-                    int64_t channels, int64_t inner, int64_t qmin, int64_t qmax, int threads) {
-  zsq::fake_quant({at<void>(grad), at<void>(x), at<void>(out), at<void>(scale), at<int32_t>(zero_point), n, channels,
-                   inner, qmin, qmax, static_cast<zsq::DType>(dtype), threads});
+zsq::FakeQuantArgs fake_quant_args(Address grad, Address x, Address out, Address scale, Address zero_point,
+                                   bool learned, int dtype, int64_t n, int64_t channels, int64_t inner, int64_t qmin,
+                                   int64_t qmax, int threads) {
+  return {at<void>(grad),
+          at<void>(x),
+          at<void>(out),
+          at<void>(scale),
+          at<void>(zero_point),
+          learned,
+          n,
+          channels,
+          inner,
+          qmin,
+          qmax,
+          static_cast<zsq::DType>(dtype),
+          threads};
+}
+
+void cpu_fake_quant(Address grad, Address x, Address out, Address scale, Address zero_point, bool learned, int dtype,
+                    int64_t n, int64_t channels, int64_t inner, int64_t qmin, int64_t qmax, int threads) {
+  zsq::fake_quant(
+      fake_quant_args(grad, x, out, scale, zero_point, learned, dtype, n, channels, inner, qmin, qmax, threads));
+}
+
+void cpu_fake_quant_lsq_backward(Address grad, Address x, Address out, Address scale, Address zero_point, bool learned,
+                                 int dtype, int64_t n, int64_t channels, int64_t inner, int64_t qmin, int64_t qmax,
+                                 int threads, Address dscale, Address dzero_point) {
+  zsq::fake_quant_lsq_backward(
+      fake_quant_args(grad, x, out, scale, zero_point, learned, dtype, n, channels, inner, qmin, qmax, threads),
+      at<void>(dscale), at<void>(dzero_point));
 }
 
 void cpu_bn_act(Address u, Address residual, Address y, Address mask, Address mean, Address var, Address gamma,
@@ -73,11 +99,28 @@ void cpu_bn_act_backward(Address u, Address grad, Address residual, Address mask
 // What a launch returned: "" or CUDA's own words, which zsq_ext raises with the op's name.
 const char* words(cudaError_t error) { return error == cudaSuccess ? "" : cudaGetErrorString(error); }
 
-const char* cuda_fake_quant(Address grad, Address x, Address out, Address scale, Address zero_point, int dtype,
-                            int64_t n, int64_t channels, int64_t inner, int64_t qmin, int64_t qmax, Address stream) {
+zsq::CudaFakeQuantArgs cuda_fake_quant_args(Address grad, Address x, Address out, Address scale, Address zero_point,
+                                            bool learned, int dtype, int64_t n, int64_t channels, int64_t inner,
+                                            int64_t qmin, int64_t qmax) {
+  return {at<void>(grad),
+          at<void>(x),
+          at<void>(out),
+          at<float>(scale),
+          at<void>(zero_point),
+          learned,
+          n,
+          channels,
+          inner,
+          static_cast<float>(qmin),
+          static_cast<float>(qmax),
+          static_cast<zsq::DType>(dtype)};
+}
+
+const char* cuda_fake_quant(Address grad, Address x, Address out, Address scale, Address zero_point, bool learned,
+                            int dtype, int64_t n, int64_t channels, int64_t inner, int64_t qmin, int64_t qmax,
+                            Address stream) {
   return words(zsq::cuda_fake_quant(
-      {at<void>(grad), at<void>(x), at<void>(out), at<float>(scale), at<int32_t>(zero_point), n, channels, inner,
-       static_cast<float>(qmin), static_cast<float>(qmax), static_cast<zsq::DType>(dtype)},
+      cuda_fake_quant_args(grad, x, out, scale, zero_point, learned, dtype, n, channels, inner, qmin, qmax),
       at<CUstream_st>(stream)));
 }
 
@@ -134,6 +177,19 @@ const char* cuda_bn_act_backward(Address u, Address grad, Address residual, Addr
                                          at<CUstream_st>(stream)));
 }
 
+const char* cuda_fake_quant_lsq_backward(Address grad, Address x, Address out, Address scale, Address zero_point,
+                                         bool learned, int dtype, int64_t n, int64_t channels, int64_t inner,
+                                         int64_t qmin, int64_t qmax, Address stream, Address dscale,
+                                         Address dzero_point, Address workspace) {
+  return words(zsq::cuda_fake_quant_lsq_backward(
+      cuda_fake_quant_args(grad, x, out, scale, zero_point, learned, dtype, n, channels, inner, qmin, qmax),
+      at<float>(dscale), at<float>(dzero_point), at<void>(workspace), at<CUstream_st>(stream)));
+}
+
+int64_t cuda_fake_quant_lsq_workspace(int dtype, int64_t n, int64_t channels, int64_t inner) {
+  return zsq::cuda_fake_quant_lsq_workspace(n, channels, inner, static_cast<zsq::DType>(dtype));
+}
+
 #endif
 
 }  // namespace
@@ -144,6 +200,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd_enabled", &zsq::simd_enabled);
   m.def("set_simd", &zsq::set_simd);
   m.def("cpu_fake_quant", &cpu_fake_quant, Unlocked());
+  m.def("cpu_fake_quant_lsq_backward", &cpu_fake_quant_lsq_backward, Unlocked());
   m.def("cpu_bn_act", &cpu_bn_act, Unlocked());
   m.def("cpu_bn_act_backward", &cpu_bn_act_backward, Unlocked());
 
@@ -154,6 +211,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_bn_act_chunks", &cuda_bn_act_chunks);
   m.def("cuda_bn_act", &cuda_bn_act, Unlocked());
   m.def("cuda_bn_act_backward", &cuda_bn_act_backward, Unlocked());
+  m.def("cuda_fake_quant_lsq_backward", &cuda_fake_quant_lsq_backward, Unlocked());
+  m.def("cuda_fake_quant_lsq_workspace", &cuda_fake_quant_lsq_workspace);
 #else
   m.attr("cuda_archs") = "";
 #endif

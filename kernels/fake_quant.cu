@@ -1,11 +1,8 @@
 // fake_quant and its backward: one thread takes 16 bytes, which is all a memory-bound kernel has to get right.
 // Contract: zsq_ext/ops/reference.py; arithmetic: fake_quant.h.
 #include "fake_quant.cuh"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "fake_quant.h"
+#include "grid.cuh"
+#include "pack.cuh"
 
 namespace zsq {
 namespace {
@@ -13,52 +10,12 @@ namespace {
 // Enough warps per block to fill an SM with 8 blocks; no shared memory, so nothing else limits the choice.
 constexpr int kThreads = 256;
 
-// 16 bytes, the widest load a thread can issue.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T v[kSize];
-};
-
 // How the elements of one pack meet the channels.
 enum class Channels {
   kOne,    // all in one channel: per tensor, or inner is a multiple of the pack
   kEach,   // channels last, whole packs: element k is in channel c + k
   kMixed,  // anything else: counted element by element
 };
-
-__device__ float widen(float v) { return v; }
-__device__ float widen(__half v) { return __half2float(v); }
-__device__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-__device__ void narrow(float v, float& out) { out = v; }
-__device__ void narrow(float v, __half& out) { out = __float2half_rn(v); }
-__device__ void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
-
-// Elements i, i + 1, ... of p. Whole packs in aligned memory are one load; what lies past the end is left as is.
-template <class T>
-__device__ void load(Pack<T>& pack, const T* p, int64_t i, int64_t n, bool aligned) {
-  if (aligned && i + Pack<T>::kSize <= n) {
-    pack = *reinterpret_cast<const Pack<T>*>(p + i);
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < Pack<T>::kSize; ++k) {
-    if (i + k < n) pack.v[k] = p[i + k];
-  }
-}
-
-template <class T>
-__device__ void store(const Pack<T>& pack, T* p, int64_t i, int64_t n, bool aligned) {
-  if (aligned && i + Pack<T>::kSize <= n) {
-    *reinterpret_cast<Pack<T>*>(p + i) = pack;
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < Pack<T>::kSize; ++k) {
-    if (i + k < n) p[i + k] = pack.v[k];
-  }
-}
 
 // Where element i stands: its channel, and how far into the channel's row. 64-bit division takes some 80
 // instructions, enough to be felt beside 16 bytes of traffic, so tensors below 2^32 elements avoid it.
@@ -86,19 +43,15 @@ __global__ void __launch_bounds__(kThreads) fake_quant_kernel(CudaFakeQuantArgs 
   if (kBackward) load(grad, static_cast<const T*>(a.grad), i, a.n, aligned);
 
   Place at = a.channels == 1 ? Place{0, 0} : place(i, a);
-  Grid<float> q{__ldg(a.scale + at.channel), float(__ldg(a.zero_point + at.channel)), a.qmin, a.qmax};
+  Grid<float> q = grid_of(a, at.channel);
 #pragma unroll
   for (int k = 0; k < kSize; ++k) {
-    if (k > 0 && kChannels == Channels::kEach) {
-      q.scale = __ldg(a.scale + at.channel + k);
-      q.zero_point = float(__ldg(a.zero_point + at.channel + k));
-    }
+    if (k > 0 && kChannels == Channels::kEach) q = grid_of(a, at.channel + k);
     if (k > 0 && kChannels == Channels::kMixed) {
       if (++at.offset == a.inner) {
         at.offset = 0;
         if (++at.channel == a.channels) at.channel = 0;
-        q.scale = __ldg(a.scale + at.channel);
-        q.zero_point = float(__ldg(a.zero_point + at.channel));
+        q = grid_of(a, at.channel);
       }
     }
     const float v = widen(x.v[k]);
@@ -124,8 +77,7 @@ void launch(const CudaFakeQuantArgs& a, bool aligned, cudaStream_t stream) {
 
 template <class T>
 void launch(const CudaFakeQuantArgs& a, cudaStream_t stream) {
-  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-  const bool aligned = (address(a.x) | address(a.grad) | address(a.out)) % sizeof(Pack<T>) == 0;
+  const bool aligned = aligned_for<Pack<T>>(a.x, a.grad, a.out);
   if (a.channels == 1 || a.inner % Pack<T>::kSize == 0) {
     launch<T, Channels::kOne>(a, aligned, stream);
   } else if (a.inner == 1 && a.channels % Pack<T>::kSize == 0) {

@@ -32,4 +32,21 @@ ZSQ_HD bool inside(T x, const Grid<T>& q) {
   return v >= q.qmin && v <= q.qmax;
 }
 
+// What one element adds to its channel's two sums in LSQ's gradient. NaN in x is not inside, and both are NaN.
+template <class T>
+struct LsqTerms {
+  bool inside;
+  T step;  // to dscale
+  T clip;  // to dzero_point / scale
+};
+
+template <class T>
+ZSQ_HD LsqTerms<T> lsq_terms(T x, T grad, const Grid<T>& q) {
+  const T ratio = div(x, q.scale), v = add(ratio, q.zero_point);
+  const bool in = v >= q.qmin && v <= q.qmax;
+  const T code = clamp(add(round_half_even(ratio), q.zero_point), q.qmin, q.qmax);
+  const T steps = sub(code, q.zero_point);
+  return {in, mul(grad, in ? sub(steps, ratio) : steps), in ? T(0) : (code == code ? -grad : code)};
+}
+
 }  // namespace zsq

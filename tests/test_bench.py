@@ -40,13 +40,18 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
     monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", [])
     rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
-    assert [row["pass"] for row in rows] == ["forward", "forward+backward"]
+    both = "forward+backward"
+    assert [(row["op"], row["pass"]) for row in rows] == [
+        ("fake_quant", "forward"),
+        ("fake_quant", both),
+        ("fake_quant_lsq", both),
+    ]
     x = case.args("cpu")[0]
-    for row, factor in zip(rows, (2, 5), strict=True):
+    for row, factor in zip(rows, (2, 5, 5), strict=True):
         assert row["bytes"] == factor * x.nbytes
         assert row["floor_ms"] == pytest.approx(row["bytes"] / 1e9 * 1e3)
         assert row["pct_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["ms"])
-        assert set(row["peers"]) == {"eager", "clone", "aten"}
+        assert set(row["peers"]) == {"eager", "aten"} | ({"clone"} if row["op"] == "fake_quant" else set())
         assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
 
 

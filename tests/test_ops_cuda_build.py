@@ -85,9 +85,10 @@ def test_fake_quant_rounds_once_per_operation(kernels):
     # The forward's last product stands alone, where a contraction would have made an FFMA of it.
     for key, names in family(kernels, "fake_quant_kernel").items():
         forward = "ELb0EE" in key[1]
-        count = elements_per_thread(key[1]) if forward else 0
-        assert names.count("FMUL") == count, key
-        assert names.count("FRND") == count, key
+        elements = elements_per_thread(key[1])
+        grids = 1 if "ChannelsE0E" in key[1] else elements  # each with a zero-point that may have to be rounded
+        assert names.count("FMUL") == (elements if forward else 0), key
+        assert names.count("FRND") == grids + (elements if forward else 0), key
 
 
 def test_fake_quant_moves_16_bytes_at_a_time(kernels):
@@ -107,4 +108,32 @@ def test_bn_act_moves_16_bytes_at_a_time(kernels, name):
 
 def test_bn_act_adds_without_atomics(kernels):
     for key, names in family(kernels, "bn_act").items():
+        assert not [name for name in names if name.startswith(("ATOM", "RED"))], key
+
+
+def lsq_kernels(kernels):
+    """((architecture, kernel), elements per pack, instructions) of what passes over the elements."""
+    for key, names in family(kernels, "fake_quant_lsq_").items():
+        if match := re.search(r"Li(\d+)E", key[1]):
+            yield key, int(match[1]), names
+
+
+def test_lsq_divides_exactly(kernels):
+    # Loops over packs may be unrolled, so there can be several packs' worth.
+    for key, elements, names in lsq_kernels(kernels):
+        assert names.count("FCHK") >= elements, key
+        assert names.count("FCHK") % elements == 0, key
+
+
+def test_lsq_moves_16_bytes_at_a_time_where_rows_allow_it(kernels):
+    for key, elements, names in lsq_kernels(kernels):
+        if elements > 1:
+            assert any(name.startswith("LDG.E.128") for name in names), key
+            # nvcc takes the stores of the columns apart
+            assert "columns" in key[1] or any(name.startswith("STG.E.128") for name in names), key
+
+
+def test_lsq_adds_in_double_and_without_atomics(kernels):
+    for key, names in family(kernels, "fake_quant_lsq_").items():
+        assert "DADD" in names, key
         assert not [name for name in names if name.startswith(("ATOM", "RED"))], key

@@ -1,4 +1,9 @@
-"""fake_quant: what it means, that every backend gives the same bits, and how it behaves under torch's machinery."""
+"""fake_quant: what it means, that every backend gives the same bits, and how it behaves under torch's machinery.
+
+Broken on purpose in LSQ's backward on the CPU, each seen red: dx not masked (per_tensor), x / scale not subtracted
+inside (per_tensor), the clip sum's sign (per_tensor), NaN dropped from it (nan_inf), the last slab lost (threads), the
+tail's lanes lost (axis_1).
+"""
 
 import os
 import subprocess
@@ -62,6 +67,50 @@ def test_documented_example():
     assert fake_quant(x, scale, zero_point, -8, 7, axis=0).tolist() == [[-3.0, 0.5], [0.0, 7.0]]
 
 
+def lsq_sums(grad, x, scale, zero_point, qmin, qmax, axis):
+    """LSQ's two sums as the formula has them, and how far off each may be: float32 terms, added in float64."""
+    kind = np.float64 if x.dtype == torch.float64 else np.float32
+    others = tuple(dim for dim in range(x.dim()) if scale.numel() == 1 or dim != axis)
+    shape = [1] * x.dim()
+    if axis is not None:
+        shape[axis] = scale.numel()
+    g, v, s, z = (t.to(scale.dtype).numpy() for t in (grad, x, scale.reshape(shape), zero_point.reshape(shape)))
+    with np.errstate(all="ignore"):
+        z = np.rint(z)
+        ratio = np.divide(v, s, dtype=kind)
+        where = np.add(ratio, z, dtype=kind)
+        below, above = where < qmin, where > qmax
+        inside = np.subtract(np.add(np.rint(ratio), z) - z, ratio, dtype=kind)
+        step = g * np.where(below, qmin - z, np.where(above, qmax - z, inside)).astype(kind)
+        clip = np.where(np.isnan(where), np.nan, np.where(below | above, -g, 0)) * s.astype(np.float64)
+        # No backend adds more than 64 float32 numbers before it goes on in float64; float64 has nothing to go on in.
+        # Each addition, and the roundings at the end, are off by half an ulp of at most the sum of magnitudes.
+        chain = 64 if kind is np.float32 else x.numel()
+        for terms in (step.astype(np.float64), clip):
+            bound = (chain + 4) * np.finfo(kind).eps / 2 * np.abs(terms).sum(others)
+            yield tuple(torch.from_numpy(np.asarray(t)).reshape(scale.shape) for t in (terms.sum(others), bound))
+
+
+def assert_sums(got, args):
+    """args are (grad, x, *grid) on the CPU."""
+    for name, sums, (expected, bound) in zip(("dscale", "dzero_point"), got, lsq_sums(*args), strict=True):
+        assert sums.dtype == args[2].dtype
+        assert sums.shape == args[2].shape
+        sums = sums.cpu().double()
+        assert torch.equal(sums.isnan(), expected.isnan()), name
+        wrong = (sums - expected).abs() > bound  # NaN and infinities of one sign are not
+        assert not wrong.any(), f"{name}: {sums[wrong]} instead of {expected[wrong]}, more than {bound[wrong]} off"
+
+
+@ALL
+@pytest.mark.parametrize("kind", ["args", "learned"])
+def test_reference_of_lsq_is_the_formula(case, kind):
+    args, grad = getattr(case, kind)(), case.grad()
+    dx, *sums = reference.fake_quant_lsq_backward(grad, *args)
+    assert_same(dx, reference.fake_quant_backward(grad, *args))
+    assert_sums(sums, (grad, *args))
+
+
 # parity
 
 
@@ -94,6 +143,44 @@ def test_backward_has_the_reference_bits(case, fast):
     assert got.stride() == torch.empty_like(args[0]).stride()
 
 
+@pytest.mark.parametrize(
+    "name", ["per_tensor", "axis_1", "ties_channel", "channels_last_odd", "zp_outside", "fp16", "fp64"]
+)
+def test_a_learned_zero_point_is_rounded_half_to_even(name, fast):
+    backend_name, device = fast
+    if backend.reason_against(backend_name, "fake_quant", device, CASE[name].dtype) is not None:
+        pytest.skip(f"{backend_name} takes no {CASE[name].dtype}")
+    x, scale, zero_point, *range_ = CASE[name].learned(device)
+    with backend.backend(backend_name):
+        got = fake_quant(x, scale, zero_point, *range_, grad="lsq_plus")
+        dx = torch.ops.zsq.fake_quant_backward(CASE[name].grad(device), x, scale, zero_point, *range_)
+    x, scale, zero_point, *range_ = CASE[name].learned()
+    rounded = x, scale, torch.round(zero_point).int(), *range_
+    assert_same(got, reference.fake_quant(*rounded))
+    assert_same(dx, reference.fake_quant_backward(CASE[name].grad(), *rounded))
+
+
+@ALL
+@pytest.mark.parametrize("kind", ["args", "learned"])
+def test_lsq_has_the_reference_bits_and_its_sums(case, kind, fast):
+    name, device = fast
+    if backend.reason_against(name, "fake_quant_lsq_backward", device, case.dtype) is not None:
+        pytest.skip(f"{name} takes no {case.dtype}: the forward's test says so")
+    args, grad = getattr(case, kind)(device), case.grad(device)
+    copies = [t.clone() for t in (grad, *args[:3])]
+    with backend.backend(name):
+        dx, *sums = torch.ops.zsq.fake_quant_lsq_backward(grad, *args)
+        again = torch.ops.zsq.fake_quant_lsq_backward(grad, *args)
+    on_cpu = case.grad(), *getattr(case, kind)()
+    assert_same(dx, reference.fake_quant_backward(*on_cpu))
+    assert dx.stride() == torch.empty_like(args[0]).stride()
+    assert_sums(sums, on_cpu)
+    for got, expected in zip(again, (dx, *sums), strict=True):
+        assert_same(got, expected)
+    for before, after in zip(copies, (grad, *args[:3]), strict=True):
+        assert torch.equal(before.nan_to_num(), after.nan_to_num()), "an input was modified"
+
+
 @pytest.fixture
 def scalar():
     native = pytest.importorskip("zsq_ext._C")
@@ -107,6 +194,31 @@ def test_scalar_path_has_the_reference_bits(case, scalar):
     assert_same(cpu.fake_quant(*case.args()), reference.fake_quant(*case.args()))
     grad = case.grad()
     assert_same(cpu.fake_quant_backward(grad, *case.args()), reference.fake_quant_backward(grad, *case.args()))
+
+
+# The last two have more channels than a slab of 64 Ki elements meets, in rows and in channels-last memory.
+SLABS = (
+    *cases.FAKE_QUANT,
+    cases.FakeQuantCase("many_channels", shape=(2, 40000, 3), axis=1, zero_point="inside"),
+    cases.FakeQuantCase("wide_rows", shape=(3, 70003), axis=1, zero_point="inside"),
+)
+
+
+@pytest.mark.parametrize("case", SLABS, ids=lambda case: case.name)
+def test_sums_depend_on_neither_path_nor_threads(case):
+    native = pytest.importorskip("zsq_ext._C")
+    args, threads, simd = (case.grad(), *case.learned()), torch.get_num_threads(), native.simd_enabled()
+    expected = cpu.fake_quant_lsq_backward(*args)
+    assert_sums(expected[1:], args)
+    try:
+        for torch_threads, path in ((1, True), (2, True), (5, True), (2, False)):
+            torch.set_num_threads(torch_threads)
+            native.set_simd(path)
+            for got, first in zip(cpu.fake_quant_lsq_backward(*args), expected, strict=True):
+                assert_same(got, first)
+    finally:
+        torch.set_num_threads(threads)
+        native.set_simd(simd)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -192,6 +304,86 @@ def test_ste_is_the_identity_and_saves_nothing():
     assert got is grad
 
 
+def straight_through(x, scale, zero_point, qmin, qmax):
+    """LSQ+ as autograd has it, where rounding has the gradient of the identity and clamping comes first."""
+    z = zero_point + (zero_point.round() - zero_point).detach()
+    inner = (x / scale + z).clamp(qmin, qmax)
+    code = (torch.round(x / scale) + z).clamp(qmin, qmax)
+    return ((inner + (code - inner).detach()) - z) * scale
+
+
+@pytest.mark.parametrize("grad_scale", [1.0, 0.01])
+def test_lsq_is_straight_through_autograd(grad_scale):
+    case = cases.FakeQuantCase("fp64", dtype=torch.float64, zero_point="inside")
+    x, scale, zero_point, qmin, qmax, _ = case.learned()
+    inputs = [t.requires_grad_() for t in (x, scale, zero_point)]
+    upstream = case.grad()
+    expected = torch.autograd.grad(straight_through(*inputs, qmin, qmax), inputs, upstream)
+    out = fake_quant(*inputs, qmin, qmax, grad="lsq_plus", grad_scale=grad_scale)
+    dx, *sums = torch.autograd.grad(out, inputs, upstream)
+    assert_same(dx, torch.ops.zsq.fake_quant_backward(upstream, *(t.detach() for t in inputs), qmin, qmax))
+    for got, want in zip(sums, expected[1:], strict=True):
+        torch.testing.assert_close(got, grad_scale * want, rtol=1e-12, atol=1e-12)  # 1152 terms in fp64
+
+
+def test_lsq_in_numbers():
+    scale, zero_point = torch.tensor([0.5], requires_grad=True), torch.tensor([1], dtype=torch.int32)
+    # unrounded codes -8 and 7 (the edges), 1.6, then -9 and 8.5
+    x = torch.tensor([-4.5, 3.0, 0.3, -5.0, 3.75], requires_grad=True)
+    weights = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])
+    (fake_quant(x, scale, zero_point, -8, 7, grad="lsq") * weights).sum().backward()
+    assert x.grad.tolist() == [1, 10, 100, 0, 0]
+    # 0 at the edges, 1 - 0.6 between, and qmin - zero_point = -9, qmax - zero_point = 6 beyond
+    torch.testing.assert_close(scale.grad, torch.tensor([100 * 0.4 - 9 * 1000 + 6 * 10000]))
+    learned = torch.tensor([1.5], requires_grad=True)  # rounds to 2: now unrounded codes are one higher
+    (fake_quant(x, scale.detach(), learned, -8, 7, grad="lsq_plus") * weights).sum().backward()
+    assert learned.grad.tolist() == [-0.5 * (10 + 10000)]
+
+
+def test_lsq_beyond_the_range_is_the_true_gradient():
+    x = torch.tensor([[-9.0, 9.0], [5.0, -20.0]], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
+    zero_point = torch.tensor([1, -2], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda *a: fake_quant(*a, zero_point, -4, 3, axis=0, grad="lsq"), (x, scale))
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_nan_keeps_to_its_channel(axis, fast):
+    name, device = fast
+    x = torch.zeros(2, 3, 4, device=device)
+    x[1, 1, 2] = torch.nan
+    channels = 1 if axis is None else 3
+    grid = torch.ones(channels, device=device), torch.zeros(channels, device=device), -8, 7, axis
+    with backend.backend(name):
+        dx, *sums = torch.ops.zsq.fake_quant_lsq_backward(torch.ones_like(x), x, *grid)
+    assert dx.sum() == 23
+    for sum_ in sums:
+        assert sum_.isnan().tolist() == ([True] if axis is None else [False, True, False])
+
+
+def test_lsq_sums_over_what_was_broadcast():
+    x, scale = torch.randn(2, 4, 3), torch.tensor([0.3], requires_grad=True)
+    zero_point = torch.tensor([0.0, 1.0, 2.0, -3.4], requires_grad=True)
+    fake_quant(x, scale, zero_point, -8, 7, axis=1, grad="lsq_plus").sum().backward()
+    _, dscale, dzero_point = reference.fake_quant_lsq_backward(
+        torch.ones_like(x), x, scale.detach().expand(4), zero_point.detach(), -8, 7, 1
+    )
+    torch.testing.assert_close(scale.grad, dscale.sum(0, keepdim=True))
+    torch.testing.assert_close(zero_point.grad, dzero_point)
+
+
+def test_lsq_gives_what_is_wanted_and_is_differentiable_once():
+    x, scale, zero_point, *range_ = CASE["axis_1"].args()
+    scale.requires_grad_()
+    out = fake_quant(x, scale, zero_point, *range_, grad="lsq")
+    (dscale,) = torch.autograd.grad(out, scale, CASE["axis_1"].grad().requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dscale.sum().backward()
+    assert not fake_quant(x, scale, zero_point, *range_, grad="ste").requires_grad
+    with torch.no_grad():
+        assert not fake_quant(x, scale, zero_point, *range_, grad="lsq").requires_grad
+
+
 def test_double_backward():
     x = torch.linspace(-2, 2, 9, requires_grad=True)
     grad = torch.randn(9, requires_grad=True)
@@ -263,6 +455,33 @@ def test_properties(values, scale, bits_, signed, zero_point):
     assert ((out - x).abs() <= s * (0.5 + 2**9 * 2.0**-23))[inside].all()
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    length=st.integers(1, 600),
+    channels=st.integers(1, 12),
+    last=st.booleans(),
+    power=st.integers(-20, 20),
+)
+def test_properties_of_lsq(seed, length, channels, last, power):
+    case = cases.FakeQuantCase("any", shape=(length, channels) if last else (channels, length), axis=int(last))
+    x, scale, zero_point, *range_ = case.learned(seed=seed)
+    grad = case.grad(seed=seed)
+    op = torch.ops.zsq.fake_quant_lsq_backward
+    dx, dscale, dzero_point = op(grad, x, scale, zero_point, *range_)
+    unit = 2.0**power  # powers of two scale without rounding
+    expected = dx, dscale, dzero_point * unit
+    for got, want in zip(op(grad, x * unit, scale * unit, zero_point, *range_), expected, strict=True):
+        assert_same(got, want)
+    for got, want in zip(op(grad * unit, x, scale, zero_point, *range_), (dx, dscale, dzero_point), strict=True):
+        assert_same(got, want * unit)
+    # a channel does not know its neighbours; the layout changes the order of its sum
+    one = *(t.select(case.axis, 0) for t in (grad, x)), scale[:1], zero_point[:1], *range_[:2], None
+    first, *sums = op(*one)
+    assert_same(first, dx.select(case.axis, 0))
+    assert_sums(sums, one)
+
+
 # torch's machinery
 
 # Not nan_inf: opcheck compares results by value, and NaN differs from itself.
@@ -274,6 +493,8 @@ def test_opcheck(name):
     args = CASE[name].args()
     torch.library.opcheck(torch.ops.zsq.fake_quant, args)
     torch.library.opcheck(torch.ops.zsq.fake_quant_backward, (CASE[name].grad(), *args))
+    torch.library.opcheck(torch.ops.zsq.fake_quant_lsq_backward, (CASE[name].grad(), *args))
+    torch.library.opcheck(torch.ops.zsq.fake_quant_lsq_backward, (CASE[name].grad(), *CASE[name].learned()))
 
 
 def _graph_of(function, *args):
@@ -303,6 +524,34 @@ def test_compile_decomposes_under_auto(name, grad):
     (got,) = torch.autograd.grad(out, x, upstream)
     (expected,) = torch.autograd.grad(fake_quant(*args, grad=grad), x, upstream)
     assert_same(got, expected)
+
+
+@pytest.mark.parametrize("grad", ["lsq", "lsq_plus"])
+def test_compile_keeps_the_sums_of_lsq_opaque(grad):
+    case = CASE["channels_last_axis_1"]
+    x, scale, zero_point, *range_ = case.learned() if grad == "lsq_plus" else case.args()
+    inputs = [t.requires_grad_() for t in (x, scale, zero_point) if t.is_floating_point()]
+    seen = []
+
+    def look(graph, _):
+        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    def loss(*args):
+        return fake_quant(*args, grad=grad, grad_scale=0.25)
+
+    torch._dynamo.reset()
+    with backend.backend("auto"):
+        out = torch.compile(loss, backend=aot_autograd(fw_compiler=look, bw_compiler=look), fullgraph=True)(
+            x, scale, zero_point, *range_
+        )
+        got = torch.autograd.grad(out, inputs, case.grad())
+        expected = torch.autograd.grad(loss(x, scale, zero_point, *range_), inputs, case.grad())
+    forward, backward = seen
+    assert not any("zsq" in op for op in forward)
+    assert [op for op in backward if "zsq" in op] == ["zsq.fake_quant_lsq_backward.default"]
+    for a, b in zip(got, expected, strict=True):
+        assert_same(a, b)
 
 
 def test_compile_keeps_a_forced_backend_opaque(fast):
@@ -345,6 +594,24 @@ def test_export_keeps_the_op():
     assert_same(program.module()(more), Model()(more))
 
 
+def test_export_keeps_the_op_with_a_learned_grid():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor([0.1, 0.2, 0.3]))
+            self.zero_point = torch.nn.Parameter(torch.tensor([0.5, -1.2, 3.0]))
+
+        def forward(self, x):
+            return fake_quant(x, self.scale, self.zero_point, -8, 7, axis=1, grad="lsq_plus")
+
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        program = torch.export.export(Model(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        assert "zsq.fake_quant" in str(program.graph)
+        more = torch.randn(5, 3, 4)
+        assert_same(program.module()(more), Model()(more))
+
+
 def test_meta_tensors_have_a_shape_and_no_values():
     x, scale = torch.empty(2, 3, device="meta"), torch.empty(3, device="meta")
     out = fake_quant(x, scale, torch.empty(3, dtype=torch.int32, device="meta"), -8, 7, axis=1)
@@ -366,6 +633,23 @@ def test_cuda_graph_replays_with_new_contents(name):
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert_same(out, reference.fake_quant(x, *grid))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("case", ["axis_1", "parts", "parts_channels_last"])
+def test_cuda_graph_replays_lsq_with_new_contents(case, name):
+    (x, *grid), grad = CASE[case].learned("cuda"), CASE[case].grad("cuda")
+    with backend.backend(name):
+        torch.ops.zsq.fake_quant_lsq_backward(grad, x, *grid)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = torch.ops.zsq.fake_quant_lsq_backward(grad, x, *grid)
+        x.copy_(torch.randn_like(x))
+        expected = torch.ops.zsq.fake_quant_lsq_backward(grad, x, *grid)
+    graph.replay()
+    for a, b in zip(found, expected, strict=True):
+        assert_same(a, b)
 
 
 @pytest.mark.gpu
@@ -396,6 +680,29 @@ def test_more_than_2_31_elements(name, channels):
         out = fake_quant(x, scale, zero_point, -8, 7, axis=0)
     assert_same(out[:, -5:], reference.fake_quant(x[:, -5:], scale, zero_point, -8, 7, 0))
     assert not out[:, :-5].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("last", [False, True])
+def test_lsq_of_more_than_2_31_elements(name, last):
+    n = 2**31 // 3 + 1031
+    x = torch.zeros(3, n, dtype=torch.float16, device="cuda")
+    grad = torch.zeros_like(x)
+    x[:, -5:] = torch.tensor([0.24, 0.26, 9.0, -9.0, 0.5], dtype=torch.float16)
+    grad[:, -5:] = 1
+    if last:
+        x, grad = x.t().contiguous(), grad.t().contiguous()
+    grid = torch.tensor([0.5, 0.25, 1.0], device="cuda"), torch.zeros(3, dtype=torch.int32, device="cuda"), -8, 7
+    with backend.backend(name):
+        dx, *sums = torch.ops.zsq.fake_quant_lsq_backward(grad, x, *grid, 1 if last else 0)
+    if last:
+        x, grad, dx = x.t(), grad.t(), dx.t()
+    tail = reference.fake_quant_lsq_backward(grad[:, -5:], x[:, -5:], *grid, 0)
+    assert_same(dx[:, -5:], tail[0])
+    assert not dx[:, :-5].any()
+    for got, expected in zip(sums, tail[1:], strict=True):
+        torch.testing.assert_close(got, expected, rtol=2.0**-20, atol=0)  # five terms
 
 
 @pytest.mark.gpu

@@ -3,10 +3,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "csrc/cpu/half.h"
+#include "csrc/cpu/grid.h"
 #include "csrc/cpu/parallel.h"
-#include "csrc/cpu/simd.h"
-#include "kernels/fake_quant.h"
 
 namespace zsq {
 namespace {
@@ -42,48 +40,31 @@ void row_scalar(const Span<T>& s, int64_t n, const Grid<C>& q) {
 
 #ifdef ZSQ_HAS_AVX2
 
-struct Grid8 {
-  __m256 scale, zero_point, qmin, qmax;
-};
-
 template <class T>
 ZSQ_AVX2 inline void eight(const Span<T>& s, int64_t i, const Grid8& q) {
   const __m256 ratio = _mm256_div_ps(load8(s.x + i), q.scale);
   if (s.grad) {
-    const __m256 v = _mm256_add_ps(ratio, q.zero_point);
-    const __m256 mask = _mm256_and_ps(_mm256_cmp_ps(v, q.qmin, _CMP_GE_OQ), _mm256_cmp_ps(v, q.qmax, _CMP_LE_OQ));
+    const __m256 mask = inside8(_mm256_add_ps(ratio, q.zero_point), q);
     store8(s.out + i, _mm256_and_ps(load8(s.grad + i), mask));
   } else {
-    const __m256 rounded = _mm256_round_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 code = _mm256_add_ps(rounded, q.zero_point);
-    // max and min give their second operand where one is NaN: code goes second, so NaN stays NaN.
-    code = _mm256_min_ps(q.qmax, _mm256_max_ps(q.qmin, code));
-    store8(s.out + i, _mm256_mul_ps(_mm256_sub_ps(code, q.zero_point), q.scale));
+    store8(s.out + i, _mm256_mul_ps(_mm256_sub_ps(code8(ratio, q), q.zero_point), q.scale));
   }
 }
 
 template <class T>
 ZSQ_AVX2 void row_avx2(const Span<T>& s, int64_t n, const Grid<float>& q) {
-  const Grid8 q8{_mm256_set1_ps(q.scale), _mm256_set1_ps(q.zero_point), _mm256_set1_ps(q.qmin), _mm256_set1_ps(q.qmax)};
+  const Grid8 q8 = grid8_of(q);
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) eight(s, i, q8);
   for (; i < n; ++i) one(s, i, q);
 }
 
-// Channels last: n neighbours belong to channels c, c + 1, ... of the arrays given.
+// Channels last: n neighbours belong to channels c, c + 1, ...
 template <class T>
-ZSQ_AVX2 void columns_avx2(const Span<T>& s, int64_t n, const float* scale, const int32_t* zero_point, float qmin,
-                           float qmax) {
-  Grid8 q8{_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_set1_ps(qmin), _mm256_set1_ps(qmax)};
+ZSQ_AVX2 void columns_avx2(const Span<T>& s, int64_t n, const FakeQuantArgs& a, int64_t c) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    q8.scale = _mm256_loadu_ps(scale + i);
-    q8.zero_point = _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(zero_point + i)));
-    eight(s, i, q8);
-  }
-  for (; i < n; ++i) {
-    one(s, i, Grid<float>{scale[i], static_cast<float>(zero_point[i]), qmin, qmax});
-  }
+  for (; i + 8 <= n; i += 8) eight(s, i, grid8_of(a, c + i));
+  for (; i < n; ++i) one(s, i, grid_of<float>(a, c + i));
 }
 
 #endif
@@ -101,31 +82,27 @@ void row(const Span<T>& s, int64_t n, const Grid<C>& q, bool simd) {
 
 // One stretch of channels-last memory, from channel c on, that ends with the last channel or before it.
 template <class T, class C>
-void columns(const Span<T>& s, int64_t n, const C* scale, const int32_t* zero_point, C qmin, C qmax, bool simd) {
+void columns(const Span<T>& s, int64_t n, const FakeQuantArgs& a, int64_t c, bool simd) {
 #ifdef ZSQ_HAS_AVX2
   if constexpr (std::is_same_v<C, float>) {
-    if (simd) return columns_avx2(s, n, scale, zero_point, qmin, qmax);
+    if (simd) return columns_avx2(s, n, a, c);
   }
 #endif
   (void)simd;
-  for (int64_t i = 0; i < n; ++i) one(s, i, Grid<C>{scale[i], static_cast<C>(zero_point[i]), qmin, qmax});
+  for (int64_t i = 0; i < n; ++i) one(s, i, grid_of<C>(a, c + i));
 }
 
 template <class T, class C>
 void piece(const FakeQuantArgs& a, int64_t begin, int64_t end, bool simd) {
   const Span<T> all{static_cast<const T*>(a.grad), static_cast<const T*>(a.x), static_cast<T*>(a.out)};
-  const C* scale = static_cast<const C*>(a.scale);
-  const C qmin = static_cast<C>(a.qmin), qmax = static_cast<C>(a.qmax);
   const bool last = a.inner == 1 && a.channels > 1;
   const int64_t length = last ? a.channels : a.channels == 1 ? a.n : a.inner;
   for (int64_t i = begin; i < end;) {
     const int64_t stop = std::min(end, (i / length + 1) * length);
     if (last) {
-      const int64_t c = i % a.channels;
-      columns(all + i, stop - i, scale + c, a.zero_point + c, qmin, qmax, simd);
+      columns<T, C>(all + i, stop - i, a, i % a.channels, simd);
     } else {
-      const int64_t c = i / length % a.channels;
-      row(all + i, stop - i, Grid<C>{scale[c], static_cast<C>(a.zero_point[c]), qmin, qmax}, simd);
+      row(all + i, stop - i, grid_of<C>(a, i / length % a.channels), simd);
     }
     i = stop;
   }

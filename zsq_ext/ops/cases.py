@@ -1,5 +1,6 @@
 """The inputs every backend meets: one table per op, read by the parity, opcheck and error tests and the benchmarks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,13 @@ class FakeQuantCase:
         x = LAYOUTS[self.layout](x.to(device))
         return x, scale.to(device), zero_point.to(device), self.qmin, self.qmax, self.axis
 
+    def learned(self, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor, int, int, int | None]:
+        """The same with a zero-point as LSQ+ learns it: in scale's dtype, and up to exactly half a code aside."""
+        x, scale, zero_point, qmin, qmax, axis = self.args(device, seed)
+        aside = torch.tensor([0.5, -0.3, -0.5, 0.2], dtype=scale.dtype, device=device)
+        aside = aside[torch.arange(len(zero_point), device=device) % 4]
+        return x, scale, zero_point + aside, qmin, qmax, axis
+
     def grad(self, device: str = "cpu", seed: int = 1) -> Tensor:
         """An upstream gradient, contiguous whatever x's layout is."""
         rng = torch.Generator().manual_seed(seed)
@@ -129,6 +137,8 @@ def _fake_quant_cases() -> list[FakeQuantCase]:
         FakeQuantCase("empty_inner", shape=(4, 8, 0), axis=1),
         FakeQuantCase("no_channels", shape=(4, 0, 6), axis=1),
         FakeQuantCase("threads", shape=(3, 64, 40, 40), axis=1),
+        FakeQuantCase("parts", shape=(3, 7, 61, 67), zero_point="inside"),
+        FakeQuantCase("parts_channels_last", shape=(3, 20, 40, 40), axis=1, layout="channels_last"),
         FakeQuantCase("ties", values="ties"),
         FakeQuantCase("ties_channel", values="ties", axis=1, zero_point="inside"),
         FakeQuantCase("boundary", values="boundary"),
@@ -242,7 +252,30 @@ FAKE_QUANT_ERRORS = (
         "fake_quant: qmin must be <= qmax, both within 2**24 of 0, got 0 and 16777217",
         {"qmin": 0, "qmax": 2**24 + 1},
     ),
-    ErrorCase("grad_name", ValueError, "fake_quant: grad must be one of ste_clip, ste, got 'tanh'", {"grad": "tanh"}),
+    ErrorCase(
+        "grad_name",
+        ValueError,
+        "fake_quant: grad must be one of ste_clip, ste, lsq, lsq_plus, got 'tanh'",
+        {"grad": "tanh"},
+    ),
+    ErrorCase(
+        "grad_scale",
+        ValueError,
+        "fake_quant: grad_scale must be finite, got inf",
+        {"grad": "lsq", "grad_scale": math.inf},
+    ),
+    ErrorCase(
+        "zero_point_not_learned",
+        TypeError,
+        "fake_quant: zero_point must be torch.float32 for torch.float32 x under lsq_plus, got torch.int32",
+        {"grad": "lsq_plus"},
+    ),
+    ErrorCase(
+        "zero_point_learned",
+        TypeError,
+        "fake_quant: zero_point must be torch.int32 for torch.float32 x, got torch.float32",
+        {"grad": "lsq", "zero_point": torch.zeros(4)},
+    ),
     ErrorCase(
         "scale_device",
         ValueError,

@@ -31,6 +31,13 @@ def fake_quant_backward(
     return native.fake_quant(native.module.cpu_fake_quant, threads, grad, x, scale, zero_point, qmin, qmax, axis)[0]
 
 
+def fake_quant_lsq_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    call, threads = native.module.cpu_fake_quant_lsq_backward, torch.get_num_threads()
+    return native.fake_quant_lsq_backward(call, None, threads, grad, x, scale, zero_point, qmin, qmax, axis)[0]
+
+
 def bn_act(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     threads = torch.get_num_threads()
     return native_bn_act.forward(native.module.cpu_bn_act, (threads,), u, *rest)[0]

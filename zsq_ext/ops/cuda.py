@@ -25,12 +25,16 @@ def refuses(device: str, dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPE_CODE and dtype != torch.float64 else f"takes no {dtype}"
 
 
-def _fake_quant(grad: Tensor | None, x: Tensor, *grid: Tensor | int | None) -> Tensor:
+def _launched(op: str, error: str) -> None:
+    if error:
+        raise RuntimeError(f"{op}: CUDA launch failed: {error}")
+
+
+def _fake_quant(grad: Tensor | None, x: Tensor, *grid: Any) -> Tensor:
     with torch.cuda.device_of(x):
         stream = torch.cuda.current_stream().cuda_stream
-        out, error = native.fake_quant(native.module.cuda_fake_quant, stream, grad, x, *grid)  # type: ignore[arg-type]
-    if error:
-        raise RuntimeError(f"fake_quant: CUDA launch failed: {error}")
+        out, error = native.fake_quant(native.module.cuda_fake_quant, stream, grad, x, *grid)
+    _launched("fake_quant", error)
     return out
 
 
@@ -84,3 +88,16 @@ def channel_sums(u: Tensor, mean: Tensor, stats: str) -> tuple[Tensor, Tensor]:
 
 def channel_sums_backward(u: Tensor, mean: Tensor, grad_s1: Tensor, grad_s2: Tensor) -> Tensor:
     return bn_act_backward(u, None, grad_s1, grad_s2, mean, *native_bn_act.ONLY_SUMS)[0]
+
+
+def fake_quant_lsq_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    call, workspace = native.module.cuda_fake_quant_lsq_backward, native.module.cuda_fake_quant_lsq_workspace
+    with torch.cuda.device_of(x):
+        stream = torch.cuda.current_stream().cuda_stream
+        found, error = native.fake_quant_lsq_backward(
+            call, workspace, stream, grad, x, scale, zero_point, qmin, qmax, axis
+        )
+    _launched("fake_quant_lsq_backward", error)
+    return found

@@ -30,8 +30,15 @@ def _fake_backward(grad: Tensor, x: Tensor, *grid: Any) -> Tensor:
     return torch.empty_like(x)
 
 
+def _fake_lsq_backward(grad: Tensor, x: Tensor, scale: Tensor, *grid: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
+
+
 _op = backend.define(f"fake_quant({_ARGS}) -> Tensor", _fake)
 _op_backward = backend.define(f"fake_quant_backward(Tensor grad, {_ARGS}) -> Tensor", _fake_backward)
+_op_lsq_backward = backend.define(
+    f"fake_quant_lsq_backward(Tensor grad, {_ARGS}) -> (Tensor, Tensor, Tensor)", _fake_lsq_backward
+)
 
 
 def _decomposes() -> bool:
@@ -88,7 +95,34 @@ class _Clip(torch.autograd.Function):
         return _Clip.apply(grad, *ctx.saved_tensors, *ctx.range), None, None, None, None, None, None
 
 
-_GRADS: dict[str, type[torch.autograd.Function]] = {"ste_clip": _SteClip, "ste": _Ste}
+class _Lsq(torch.autograd.Function):
+    """Gradients for the step, and for the zero-point where it is a float. Sums stay an op under a compiler too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        axis: int | None,
+        grad_scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.range, ctx.grad_scale = (qmin, qmax, axis), grad_scale
+        return _forward(x, scale, zero_point, qmin, qmax, axis)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dscale, dzero_point = _op_lsq_backward(grad, *ctx.saved_tensors, *ctx.range)
+        if ctx.grad_scale != 1:
+            dscale, dzero_point = dscale * ctx.grad_scale, dzero_point * ctx.grad_scale
+        return dx, dscale, dzero_point if ctx.needs_input_grad[2] else None, None, None, None, None
+
+
+_GRADS = ("ste_clip", "ste", "lsq", "lsq_plus")
 
 
 def _check_scale(scale: Tensor) -> None:
@@ -106,6 +140,7 @@ def fake_quant(
     axis: int | None = None,
     *,
     grad: str = "ste_clip",
+    grad_scale: float = 1.0,
     check: bool = False,
 ) -> Tensor:
     """Rounds x to a grid of steps and returns it in x's own units.
@@ -119,12 +154,17 @@ def fake_quant(
     Args:
         x: any shape and strides; float32, float16, bfloat16, or float64 (on the reference and cpu backends).
         scale: the step, in units of x, > 0. Shape (1,), or (C,) with C = x.shape[axis]; float32, or float64
-            where x is. Gets no gradient.
-        zero_point: the code of x = 0. Shape (1,) or (C,), int32; may lie outside [qmin, qmax].
+            where x is. Gets a gradient under "lsq" and "lsq_plus" only.
+        zero_point: the code of x = 0. Shape (1,) or (C,), int32; may lie outside [qmin, qmax]. Under "lsq_plus" of
+            scale's dtype instead, rounded half to even, and it gets a gradient.
         qmin, qmax: the codes' range, inclusive: (-8, 7) is signed 4 bits.
         axis: the channels' dimension; None for one grid for the whole tensor.
         grad: "ste_clip" passes the gradient where qmin <= x / scale + zero_point <= qmax, edges included and
-            before rounding; "ste" passes it everywhere and saves nothing.
+            before rounding; "ste" passes it everywhere and saves nothing. "lsq" passes it as ste_clip does, and gives
+            scale the sum of grad * (code - zero_point - x / scale inside, code - zero_point outside). "lsq_plus" is
+            lsq, and gives zero_point the sum of grad * (0 inside, -scale outside). Both sum in a fixed order, so
+            every run gives the same bits. NaN in x makes its channel's sums NaN.
+        grad_scale: under "lsq" and "lsq_plus", a factor on the gradients of scale and zero_point, finite.
         check: also verify that scale is positive and finite, which waits for the device.
 
     Returns:
@@ -143,7 +183,9 @@ def fake_quant(
                 [ 0.0000,  7.0000]])
 
     Source: B. Jacob et al., Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference, CVPR 2018; the straight-through gradient is Bengio et al., 2013.
+    Integer-Arithmetic-Only Inference, CVPR 2018; the straight-through gradient is Bengio et al., 2013; lsq is
+    S. Esser et al., Learned Step Size Quantization (arXiv 1902.08153), where grad_scale is 1 / sqrt(N * qmax) for N
+    elements per step; lsq_plus is Y. Bhalgat et al. (arXiv 2004.09576).
     """
     compute = _COMPUTE.get(x.dtype) if isinstance(x, Tensor) else None
     if compute is None:
@@ -153,6 +195,8 @@ def fake_quant(
         raise ValueError(f"fake_quant: qmin must be <= qmax, both within 2**24 of 0, got {qmin} and {qmax}")
     if grad not in _GRADS:
         raise ValueError(f"fake_quant: grad must be one of {', '.join(_GRADS)}, got {grad!r}")
+    if not math.isfinite(grad_scale):
+        raise ValueError(f"fake_quant: grad_scale must be finite, got {grad_scale}")
 
     channels = 1
     if axis is not None:
@@ -162,11 +206,13 @@ def fake_quant(
             raise ValueError(f"fake_quant: axis must be {rule}, got {axis}")
         axis %= dims
         channels = x.size(axis)
-    for name, t, dtype in (("scale", scale, compute), ("zero_point", zero_point, torch.int32)):
+    learned = grad == "lsq_plus"
+    for name, t, dtype in (("scale", scale, compute), ("zero_point", zero_point, compute if learned else torch.int32)):
         if not isinstance(t, Tensor):
             raise TypeError(f"fake_quant: {name} must be a tensor, got {type(t).__name__}")
         if t.dtype is not dtype:
-            raise TypeError(f"fake_quant: {name} must be {dtype} for {x.dtype} x, got {t.dtype}")
+            under = " under lsq_plus" if learned and name == "zero_point" else ""
+            raise TypeError(f"fake_quant: {name} must be {dtype} for {x.dtype} x{under}, got {t.dtype}")
         if t.dim() != 1 or t.size(0) not in (1, channels):
             shapes = "(1,)" if axis is None else f"(1,) or ({channels},)"
             raise ValueError(f"fake_quant: {name} must have shape {shapes}, got {tuple(t.shape)}")
@@ -178,6 +224,12 @@ def fake_quant(
     if check:
         _check_scale(scale)
 
-    if x.requires_grad and torch.is_grad_enabled():
-        return _GRADS[grad].apply(x, scale, zero_point, qmin, qmax, axis)
+    if torch.is_grad_enabled():
+        if grad in ("lsq", "lsq_plus") and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
+            return _Lsq.apply(x, scale, zero_point, qmin, qmax, axis, float(grad_scale))
+        if scale.requires_grad:  # the op itself knows no gradient of it, and would say so by a warning
+            scale = scale.detach()
+        if x.requires_grad:
+            function = _Ste if grad == "ste" else _SteClip
+            return function.apply(x, scale, zero_point, qmin, qmax, axis)
     return _forward(x, scale, zero_point, qmin, qmax, axis)

@@ -42,17 +42,25 @@ def refuses(device: str, dtype: torch.dtype) -> str | None:
     return None if dtype in _DTYPES else f"takes no {dtype}"
 
 
+def _kernels() -> Any:
+    return importlib.import_module("zsq_ext.kernels.fake_quant")
+
+
+def _device(x: Tensor) -> Any:
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+
+
 def _fake_quant(
     grad: Tensor | None, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
 ) -> Tensor:
-    kernels = importlib.import_module("zsq_ext.kernels.fake_quant")
     out = torch.empty_like(x)
     x = in_layout_of(out, x)
     if grad is not None:
         grad = in_layout_of(out, grad)
+    learned = zero_point.dtype != torch.int32
     channels, inner = channels_of(out, scale, axis)
-    with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
-        kernels.fake_quant(grad, x, out, scale, zero_point, x.numel(), channels, inner, qmin, qmax)
+    with _device(x):
+        _kernels().fake_quant(grad, x, out, scale, zero_point, learned, x.numel(), channels, inner, qmin, qmax)
     return out
 
 
@@ -148,3 +156,24 @@ def channel_sums(u: Tensor, mean: Tensor, stats: str) -> tuple[Tensor, Tensor]:
 def channel_sums_backward(u: Tensor, mean: Tensor, grad_s1: Tensor, grad_s2: Tensor) -> Tensor:
     sums = grad_s1, grad_s2
     return bn_act_backward(u, None, *sums, mean, None, None, None, 0.0, None, None, "none", True, False, False)[0]
+
+
+def fake_quant_lsq_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x)
+    n = x.numel()
+    if n == 0:
+        return dx, torch.zeros_like(scale), torch.zeros_like(scale)
+    x, grad = in_layout_of(dx, x), in_layout_of(dx, grad)
+    dscale, dzero_point = torch.empty_like(scale), torch.empty_like(scale)
+    channels, inner = channels_of(dx, scale, axis)
+    cut = _kernels().lsq_cut(n, channels, inner)
+    partial = torch.empty(2, channels, cut.parts, dtype=torch.float64, device=x.device)
+    sums = dscale, dzero_point, partial[0], partial[1]
+    learned = zero_point.dtype != torch.int32
+    with _device(x):
+        _kernels().fake_quant_lsq_backward(
+            grad, x, dx, *sums, scale, zero_point, learned, n, channels, inner, qmin, qmax, cut
+        )
+    return dx, dscale, dzero_point

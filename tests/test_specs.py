@@ -236,7 +236,8 @@ def test_focal_gradient_is_finite_where_the_plain_form_is_not(classes):
     ((1 - right) ** 0.5 * F.cross_entropy(plain, labels, reduction="none")).mean().backward()
     broken = ~torch.isfinite(plain.grad).all(1)
     first = gaps[broken].min()
-    assert (first == 19) if classes == 10 else (20 < first <= 23)
+    # the spec saw 19 and 21 to 23, and gives 16.5 + ln(C - 1); where exactly depends on the CPU's exp
+    assert abs(first - (16.5 + math.log(classes - 1))) <= 3
 
 
 @pytest.mark.parametrize("classes", [10, 1000])

@@ -194,6 +194,9 @@ def test_synthesize(net, tmp_path):
     assert json.loads(apart.stdout)["quality"] == json.loads(together.stdout)["quality"]
     save_file({"images": torch.zeros(2, 3, 16, 16)}, tmp_path / "bad.safetensors", {"info": "{}"})
     assert "--images must hold the tensors" in fails(*arguments, "--images", tmp_path / "bad.safetensors")
+    assert "--images must be a file that synthesize wrote" in fails(
+        *arguments, "--images", tmp_path / "none.safetensors"
+    )
 
 
 def test_evaluate_a_float_network_alone(net, cifar):

@@ -58,7 +58,7 @@ def settings_of(
         raise ValueError(f"quantize: profile must be one of {', '.join(chosen.profiles)}, got {profile!r}")
     if tune is not None and tune not in TUNES:
         raise ValueError(f"quantize: tune must be one of {', '.join(TUNES)}, got {tune!r}")
-    settings = config or chosen.config(preset, profile)
+    settings = config if config is not None else chosen.config(preset, profile)
     if not isinstance(settings, QatConfig):
         raise TypeError(f"quantize: config must be a QatConfig, got {type(settings).__name__}")
     if isinstance(ideas, Idea):

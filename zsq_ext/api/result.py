@@ -72,10 +72,9 @@ class Result:
 
     def __repr__(self) -> str:
         top1 = "" if self.top1_last is None else f", top-1 {self.top1_last:.2f} % after the last epoch"
-        return (
-            f"Result({self.config['method']} {self.qconfig.label}, agreement {self.quality.agreement:.1f} %{top1}, "
-            f"{len(self.images)} images, {self.seconds:.0f} s)"
-        )
+        quality = f"agreement {self.quality.agreement:.1f} % on {self.quality.images} images"
+        tuned = f"{len(self.images)} images" if self.histories.get("tuning") else "not tuned"
+        return f"Result({self.config['method']} {self.qconfig.label}, {tuned}, {quality}{top1}, {self.seconds:.0f} s)"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: float latent weights, activation ranges, configuration (format version 1)."""

@@ -162,7 +162,12 @@ def images(path: Path) -> Images:
     Raises:
         ValueError: the file is missing, damaged, or holds something else.
     """
-    tensors, _ = load_tensors(path)
+    try:
+        tensors, _ = load_tensors(path)
+    except ValueError as error:
+        raise ValueError(
+            f"--images must be a file that synthesize wrote: {str(error).removeprefix('load: ')}"
+        ) from error
     wanted = ["held_out", "held_out_labels", "images", "labels"]
     if sorted(tensors) != wanted:
         raise ValueError(f"--images must hold the tensors {', '.join(wanted)}, got {', '.join(tensors)} in {path}")

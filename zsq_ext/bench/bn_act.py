@@ -41,7 +41,7 @@ def _rows(case: cases.BnActCase, device: str, pass_: str) -> list[dict[str, Any]
         interpreted = name == "triton" and device == "cpu"
         if name == "reference" or interpreted or backend.reason_against(name, "bn_act", device, case.dtype):
             continue
-        ours[name] = _forced(name, _pass(bn_act, pass_))
+        ours[name] = timing.forced(name, _pass(bn_act, pass_))
     peers = {"eager": _pass(_eager, pass_), "clone": lambda grads, args: args["u"].clone()}
 
     expected = _expected(case, inputs[0], pass_)
@@ -94,14 +94,6 @@ def _expected(case: cases.BnActCase, input_: Any, pass_: str) -> Tensor:
     rest |= {"residual": None} if saves else {"mask": None}
     rest |= {"need_u": True, "need_residual": False, "need_affine": False}
     return reference.bn_act_backward(**{"mask": mask, **rest})[0]
-
-
-def _forced(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(*args: Any) -> Tensor:
-        with backend.backend(name):
-            return function(*args)
-
-    return run
 
 
 def _eager(

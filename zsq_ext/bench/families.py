@@ -47,7 +47,7 @@ def _fake_quant_rows(op: str, case: cases.FakeQuantCase, device: str, pass_: str
         interpreted = name == "triton" and device == "cpu"
         if name == "reference" or interpreted or backend.reason_against(name, "fake_quant", device, case.dtype):
             continue
-        ours[name] = _forced(name, _pass(public, pass_, lsq))
+        ours[name] = timing.forced(name, _pass(public, pass_, lsq))
     peers = {name: _pass(function, pass_, lsq) for name, function in _peers(case, lsq).items()}
 
     # The reference's forward is plain PyTorch, but its gradient needs the straight-through estimator written out.
@@ -87,14 +87,6 @@ def _pass(function: Callable[..., Tensor], pass_: str, lsq: bool) -> Callable[..
         return torch.autograd.grad(function(x, scale, *grid), inputs, grad)[0]
 
     return both
-
-
-def _forced(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(*args: Any) -> Tensor:
-        with backend.backend(name):
-            return function(*args)
-
-    return run
 
 
 def _peers(case: cases.FakeQuantCase, lsq: bool) -> dict[str, Callable[..., Tensor]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zsq_ext.core.machine import cpu_name
+from zsq_ext.ops.backend import backend, backends
 
 # Where the device does not say: larger than the last-level cache of most CPUs.
 _CPU_CACHE_BYTES = 64 << 20
@@ -127,6 +128,16 @@ def peak_mb(function: Callable[[], Any], device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def forced(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with every op in it on that backend."""
+
+    def run(*args: Any) -> Any:
+        with backend(name):
+            return function(*args)
+
+    return run
+
+
 def assert_equal(name: str, got: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
     """Refuses to time what is wrong.
 
@@ -187,7 +198,6 @@ def row(
 def environment() -> dict[str, Any]:
     """What the numbers depend on."""
     from zsq_ext import __version__
-    from zsq_ext.ops.backend import backends
 
     gpu = None
     if torch.cuda.is_available():

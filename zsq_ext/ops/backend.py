@@ -39,6 +39,13 @@ def choice() -> str:
     return _choice
 
 
+def decomposes() -> bool:
+    """Whether a pointwise forward is to be its reference, under a compiler."""
+    # A compiler fuses plain PyTorch with its neighbours, which no op of ours can. A forced backend stays
+    # opaque, and so does an exported graph, where one node that says fake_quant is worth more.
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and choice() == "auto"
+
+
 class backend:
     """Within the block every op runs on the backend called `name`, or raises NotImplementedError.
 

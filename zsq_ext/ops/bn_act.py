@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops import backend, reference
-from zsq_ext.ops.fake_quant import _COMPUTE, _decomposes
-from zsq_ext.ops.layout import channels_last, empty_arranged, rows_of
+from zsq_ext.ops.layout import COMPUTE, channels_last, empty_arranged, rows_of
 
 ACTS = ("none", "relu", "relu6", "silu", "hardswish")
 STATS = ("batch", "sample")
@@ -84,14 +83,16 @@ _op_sums_backward = backend.define(
 
 def _forward(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats = rest[-2]
-    return reference.bn_act(u, *rest) if stats is None and _decomposes() else _op(u, *rest)
+    return reference.bn_act(u, *rest) if stats is None and backend.decomposes() else _op(u, *rest)
 
 
 def _backward(
     u: Tensor, grad_y: Tensor | None, grad_s1: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pointwise = grad_s1 is None and not rest[-1]  # no sums, neither of u nor of the gradient
-    return (reference.bn_act_backward if pointwise and _decomposes() else _op_backward)(u, grad_y, grad_s1, *rest)
+    return (reference.bn_act_backward if pointwise and backend.decomposes() else _op_backward)(
+        u, grad_y, grad_s1, *rest
+    )
 
 
 def _wants_undefined(ctx: Any) -> None:
@@ -198,7 +199,7 @@ class _SumsBackward(torch.autograd.Function):
 
 
 def _check_input(op: str, u: Tensor) -> None:
-    if not isinstance(u, Tensor) or u.dtype not in _COMPUTE:
+    if not isinstance(u, Tensor) or u.dtype not in COMPUTE:
         got = u.dtype if isinstance(u, Tensor) else type(u).__name__
         raise TypeError(f"{op}: u must be a float32, float16, bfloat16 or float64 tensor, got {got}")
     if u.dim() < 2:
@@ -212,8 +213,8 @@ def _check_channels(op: str, u: Tensor, **parameters: Tensor | None) -> list[Ten
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
-        if t.dtype is not _COMPUTE[u.dtype]:
-            raise TypeError(f"{op}: {name} must be {_COMPUTE[u.dtype]} for {u.dtype} u, got {t.dtype}")
+        if t.dtype is not COMPUTE[u.dtype]:
+            raise TypeError(f"{op}: {name} must be {COMPUTE[u.dtype]} for {u.dtype} u, got {t.dtype}")
         if t.shape != u.shape[1:2]:
             raise ValueError(f"{op}: {name} must have shape ({u.size(1)},), got {tuple(t.shape)}")
         if t.device != u.device:

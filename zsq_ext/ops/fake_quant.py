@@ -7,16 +7,9 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops import backend, reference
+from zsq_ext.ops.layout import COMPUTE
 
 _ARGS = "Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis=None"
-
-# x's dtype -> scale's, which is also the type that computes
-_COMPUTE = {
-    torch.float32: torch.float32,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float64: torch.float64,
-}
 
 # Codes are computed in float32, which holds every integer up to here.
 _CODE_LIMIT = 2**24
@@ -41,18 +34,12 @@ _op_lsq_backward = backend.define(
 )
 
 
-def _decomposes() -> bool:
-    # A compiler fuses plain PyTorch with its neighbours, which no op of ours can. A forced backend stays
-    # opaque, and so does an exported graph, where one node that says fake_quant is worth more.
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and backend.choice() == "auto"
-
-
 def _forward(x: Tensor, *grid: Any) -> Tensor:
-    return reference.fake_quant(x, *grid) if _decomposes() else _op(x, *grid)
+    return reference.fake_quant(x, *grid) if backend.decomposes() else _op(x, *grid)
 
 
 def _backward(grad: Tensor, x: Tensor, *grid: Any) -> Tensor:
-    return reference.fake_quant_backward(grad, x, *grid) if _decomposes() else _op_backward(grad, x, *grid)
+    return reference.fake_quant_backward(grad, x, *grid) if backend.decomposes() else _op_backward(grad, x, *grid)
 
 
 class _Ste(torch.autograd.Function):
@@ -187,7 +174,7 @@ def fake_quant(
     S. Esser et al., Learned Step Size Quantization (arXiv 1902.08153), where grad_scale is 1 / sqrt(N * qmax) for N
     elements per step; lsq_plus is Y. Bhalgat et al. (arXiv 2004.09576).
     """
-    compute = _COMPUTE.get(x.dtype) if isinstance(x, Tensor) else None
+    compute = COMPUTE.get(x.dtype) if isinstance(x, Tensor) else None
     if compute is None:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"fake_quant: x must be a float32, float16, bfloat16 or float64 tensor, got {got}")

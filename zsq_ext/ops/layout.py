@@ -8,6 +8,14 @@ from torch import Tensor
 # kernels/dtype.h holds the same codes.
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
+# a tensor's dtype -> the one that computes, which its parameters have too
+COMPUTE = {
+    torch.float32: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float64: torch.float64,
+}
+
 
 def in_layout_of(out: Tensor, t: Tensor) -> Tensor:
     """t itself where its elements lie in memory as out's do, else a copy that does. out is dense."""

@@ -42,12 +42,12 @@ clean:
 $(VENV)/.packages: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt setuptools wheel pybind11 cmake ninja torch numpy
-	ZSQ_CUDA=$(QUICK_CUDA) $(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[test,lint]"
+	ZSQ_CUDA=$(QUICK_CUDA) $(PIP) install --quiet --no-build-isolation -c constraints.txt -e .
 	touch $@ $(VENV)/.quick
 
-# The native module, by an incremental build; the second as the first, but for CUDA where there is no GPU.
+# The native module, by an incremental build, and what testing and linting need; .quick is for those who only run it.
 $(VENV)/.native: $(VENV)/.packages $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation --no-deps -e .
+	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[test,lint]"
 	touch $@ $(VENV)/.quick
 
 $(VENV)/.quick: $(VENV)/.packages $(NATIVE)

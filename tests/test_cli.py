@@ -155,6 +155,9 @@ def test_quantize_with_test_data(net, cifar, tmp_path):
     found = json.loads(again.stdout)["top1"]
     assert found == {"float": facts["top1"]["teacher"], "quantized": facts["top1"]["last"]}
 
+    wrong = fails("evaluate", "--model", net, "--quantized", out / "images.safetensors", "--data", cifar)
+    assert "--quantized must be a file that quantize wrote for this --model" in wrong
+
     # the same run again is refused, and continued where that is asked for
     assert "resume" in fails(*arguments, "--quiet", "--idea", "LowPass(d0=8)")
     assert zsq_(*arguments, "--quiet", "--idea", "LowPass(d0=8)", "--resume").exit_code == 0

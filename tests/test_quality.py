@@ -108,6 +108,15 @@ def test_rows_by_hand(teacher, images):
     assert first.sqnr_db == pytest.approx(decibels, abs=1e-3)
 
 
+def test_printed_it_says_both_figures_and_has_a_line_per_layer(teacher, images):
+    found = measured(teacher, images, 3, 3)
+    head, explained, *rows = str(found).splitlines()
+    assert head == f"agreement {found.agreement:.1f} %, KL {found.kl:.4f} nats on 70 held-out images"
+    assert "SQNR" in explained
+    assert [row.split()[0] for row in rows] == [layer.site for layer in found.layers]
+    assert all(f"{layer.sqnr_db:.1f} dB" in row for row, layer in zip(rows, found.layers, strict=True))
+
+
 def test_a_coarse_site_stands_out(teacher, images):
     found = measured(teacher, images, 8, 8, sites={"3.weight": 2})
     worst = max(found.layers, key=lambda row: row.kl_alone)

@@ -63,6 +63,8 @@ def settings_of(
         raise TypeError(f"quantize: config must be a QatConfig, got {type(settings).__name__}")
     if isinstance(ideas, Idea):
         ideas = (ideas,)
+    if not isinstance(ideas, (tuple, list)):
+        raise TypeError(f"quantize: ideas must be a tuple of ideas such as LowPass(d0=8), got {ideas!r}")
     if ideas:
         distill = replace(settings.distill, ideas=merge(settings.distill.ideas, tuple(ideas)))
         settings = replace(settings, distill=distill)
@@ -112,7 +114,8 @@ def _spec(input_shape: Sequence[int] | None, input_spec: InputSpec | None) -> In
         return InputSpec(tuple(input_shape or ()))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"quantize: input_shape must be three positive integers (C, H, W), got {input_shape!r}"
+            f"quantize: input_shape must be three positive integers (C, H, W) unless input_spec is given, "
+            f"got {input_shape!r}"
         ) from error
 
 

@@ -144,7 +144,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     own = student.state_dict()
     for name in sorted({*own, *tensors}):
         there, here = (
-            None if t is None else f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+            "missing" if t is None else f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
             for t in (tensors.get(name), own.get(name))
         )
         if there != here:

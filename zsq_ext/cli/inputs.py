@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zsq_ext import api
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.run import load_tensors
 from zsq_ext.core.spec import InputSpec
@@ -172,6 +173,20 @@ def images(path: Path) -> Images:
     if sorted(tensors) != wanted:
         raise ValueError(f"--images must hold the tensors {', '.join(wanted)}, got {', '.join(tensors)} in {path}")
     return Images(tensors["images"], tensors["labels"], tensors["held_out"], tensors["held_out_labels"])
+
+
+def quantized(path: Path, model: nn.Module) -> nn.Module:
+    """The network that ``--quantized`` names, as ``quantize`` wrote it.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else, or was made from another architecture.
+    """
+    try:
+        return api.load(path, model)
+    except ValueError as error:
+        raise ValueError(
+            f"--quantized must be a file that quantize wrote for this --model: {str(error).removeprefix('load: ')}"
+        ) from error
 
 
 def watched(data: Data, title: str, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:

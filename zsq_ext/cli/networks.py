@@ -200,7 +200,7 @@ def evaluate(
     # in its place before it is captured: a graph may create tensors where the model was
     model_there = network.model.to(device=place)
     if quantized is not None:
-        networks["quantized"] = api.load(quantized, model_there)
+        networks["quantized"] = inputs.quantized(quantized, model_there)
     found = {}
     for name, module in networks.items():
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

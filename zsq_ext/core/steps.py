@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -150,7 +151,7 @@ def run_steps(
             raise ValueError(f"checkpoint: '{name}' must hold a step, 0 to {count}, and a history, got step {begin!r}")
         state.load(tensors)
     guard = _Guard(name, advice)
-    saved_at = time.monotonic()
+    saved_at = -math.inf  # the first look is kept: whoever stops early finds something to go on from
     with stage.progress.stage(stage.title or name, count, begin) as meter:
         for n in range(begin, count):
             guard.watch(n, step(n))

@@ -60,7 +60,7 @@ class QConfig:
             ("w_range", WEIGHT_RANGES),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"QConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
+                raise ValueError(f"QConfig: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not isinstance(self.beta, (int, float)) or not 0 <= self.beta < 1:
             raise ValueError(f"QConfig: beta must be in [0, 1), got {self.beta!r}")
         object.__setattr__(self, "sites", dict(self.sites))

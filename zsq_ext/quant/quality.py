@@ -51,6 +51,18 @@ class Quality:
     layers: tuple[Layer, ...]
     unseen: bool = True
 
+    def __str__(self) -> str:
+        """The two figures, and a line per layer."""
+        whose = "held-out" if self.unseen else "tuned"
+        width = max((len(layer.site) for layer in self.layers), default=0)
+        rows = [
+            f"{layer.site:{width}}  {layer.kind:10}  {layer.bits} bits  "
+            f"{layer.sqnr_db:6.1f} dB  {layer.kl_alone:.4f} nats"
+            for layer in self.layers
+        ]
+        head = f"agreement {self.agreement:.1f} %, KL {self.kl:.4f} nats on {self.images} {whose} images"
+        return "\n".join([head, "by layer: SQNR in place, KL of quantizing it alone", *rows])
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: None stands for it."""
         layers = [asdict(layer) for layer in self.layers]

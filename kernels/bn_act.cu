@@ -1,5 +1,5 @@
 // bn_act and its backward: every element is read once, and a thread takes 8 neighbours, which share a byte of the mask.
-// Contract: zsq_ext/ops/reference.py; arithmetic: bn_act.h.
+// Contract: zsq_ext/ops/reference/bn_act.py; arithmetic: bn_act.h.
 //
 //   channels last   rows of channels; a thread walks 8 channels down the rows of a chunk, and has their sums in
 //                   registers at its end
@@ -259,7 +259,7 @@ __device__ __forceinline__ void read_loss(const CudaBnActBackwardArgs& a, Channe
 // A warp takes a piece of a row: places of one channel of one sample.
 template <class T, class A>
 __global__ void __launch_bounds__(kThreads) bn_act_rows_kernel(A a, bool packed, int64_t pieces) {
-  const CudaBnActShape& s = a.shape;
+  const BnActShape& s = a.shape;
   const int lane = threadIdx.x % kWarp;
   const int64_t task = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
   const int64_t row = task / pieces, piece = task - row * pieces;
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kThreads) bn_act_rows_kernel(A a, bool packed,
     const int n = static_cast<int>(min(end - at, int64_t{kEight}));
     eight<T, false>(a, c, row * s.places + at, row * bytes + at / kEight, n, packed);
   }
-  if (!a.partials) return;
+  if (!a.workspace) return;
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) {
     c.first[0] += __shfl_xor_sync(0xffffffff, c.first[0], step);
@@ -281,15 +281,15 @@ __global__ void __launch_bounds__(kThreads) bn_act_rows_kernel(A a, bool packed,
   }
   if (lane == 0) {
     const int64_t chunk = sample * pieces + piece;
-    a.partials[chunk * s.channels + channel] = c.first[0];
-    a.partials[(s.samples * pieces + chunk) * s.channels + channel] = c.second[0];
+    a.workspace[chunk * s.channels + channel] = c.first[0];
+    a.workspace[(s.samples * pieces + chunk) * s.channels + channel] = c.second[0];
   }
 }
 
 // A thread takes 8 channels of a chunk of rows; a row is all channels of one place.
 template <class T, class A>
 __global__ void __launch_bounds__(kThreads) bn_act_columns_kernel(A a, bool packed, int64_t groups, int64_t count) {
-  const CudaBnActShape& s = a.shape;
+  const BnActShape& s = a.shape;
   const int64_t octets = ceil_div(s.channels, kEight), chunks = ceil_div(count, kRows);
   const int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t chunk = task / octets, octet = task - chunk * octets;
@@ -304,8 +304,8 @@ __global__ void __launch_bounds__(kThreads) bn_act_columns_kernel(A a, bool pack
   for (int64_t r = group * count + begin; r < group * count + end; ++r) {
     eight<T, true>(a, c, r * s.channels + channel, r * octets + octet, n, packed);
   }
-  if (!a.partials) return;
-  float* first = a.partials + chunk * s.channels + channel;
+  if (!a.workspace) return;
+  float* first = a.workspace + chunk * s.channels + channel;
   float* second = first + groups * chunks * s.channels;
 #pragma unroll
   for (int k = 0; k < kEight; ++k) {
@@ -336,19 +336,29 @@ __global__ void __launch_bounds__(kWarp* kAdders)
   (is_first ? first : second)[group * channels + channel] = out;
 }
 
-int64_t groups_of(const CudaBnActShape& s) { return s.per_sample ? s.samples : 1; }
+int64_t groups_of(const BnActShape& s) { return s.per_sample ? s.samples : 1; }
 
 // Rows of a group where channels are last.
-int64_t count_of(const CudaBnActShape& s) { return s.per_sample ? s.places : s.samples * s.places; }
+int64_t count_of(const BnActShape& s) { return s.per_sample ? s.places : s.samples * s.places; }
+
+// How many partial sums a channel leaves behind.
+int64_t chunks_of(const BnActShape& s) {
+  return s.last ? groups_of(s) * ceil_div(count_of(s), kRows) : s.samples * ceil_div(s.places, kPiece);
+}
+
+// [2][chunks][channels] partial sums.
+int64_t bytes_of_partials(const BnActShape& s) {
+  return 2 * chunks_of(s) * s.channels * static_cast<int64_t>(sizeof(float));
+}
 
 // first and second get the sums of the chunks; where var is given, second is a sum still to be divided by the
 // deviation.
-void add_up(const CudaBnActShape& s, int64_t groups, const float* partials, float* first, float* second,
-            const float* var, float eps, cudaStream_t stream) {
+void add_up(const BnActShape& s, int64_t groups, const float* partials, float* first, float* second, const float* var,
+            float eps, cudaStream_t stream) {
   const int64_t blocks = groups * ceil_div(s.channels, kWarp);
   if (blocks == 0) return;
   bn_act_add_up_kernel<<<dim3(static_cast<unsigned>(blocks), 2), dim3(kWarp, kAdders), 0, stream>>>(
-      partials, first, second, cuda_bn_act_chunks(s) / groups, groups, s.channels, var, eps);
+      partials, first, second, chunks_of(s) / groups, groups, s.channels, var, eps);
 }
 
 bool all_aligned(std::initializer_list<const void*> pointers) {
@@ -359,11 +369,11 @@ bool all_aligned(std::initializer_list<const void*> pointers) {
 
 template <class T, class A>
 void launch(const A& a, bool aligned, cudaStream_t stream) {
-  const CudaBnActShape& s = a.shape;
+  const BnActShape& s = a.shape;
   if (s.samples * s.channels * s.places == 0) return;
   const bool packed = aligned && (s.last ? s.channels : s.places) % Pack<T>::kSize == 0;
   if (s.last) {
-    const int64_t tasks = cuda_bn_act_chunks(s) * ceil_div(s.channels, kEight);
+    const int64_t tasks = chunks_of(s) * ceil_div(s.channels, kEight);
     bn_act_columns_kernel<T><<<static_cast<unsigned>(ceil_div(tasks, kThreads)), kThreads, 0, stream>>>(
         a, packed, groups_of(s), count_of(s));
   } else {
@@ -393,21 +403,23 @@ cudaError_t with_dtype(const A& a, bool aligned, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t cuda_bn_act_chunks(const CudaBnActShape& s) {
-  return s.last ? groups_of(s) * ceil_div(count_of(s), kRows) : s.samples * ceil_div(s.places, kPiece);
+int64_t cuda_bn_act_workspace(const CudaBnActArgs& a) { return a.s1 ? bytes_of_partials(a.shape) : 0; }
+
+int64_t cuda_bn_act_backward_workspace(const CudaBnActBackwardArgs& a) {
+  return a.dgamma ? bytes_of_partials(a.shape) : 0;
 }
 
 cudaError_t cuda_bn_act(const CudaBnActArgs& a, cudaStream_t stream) {
   const cudaError_t error = with_dtype(a, all_aligned({a.u, a.residual, a.y}), stream);
   if (error != cudaSuccess || !a.s1) return error;
-  add_up(a.shape, groups_of(a.shape), a.partials, a.s1, a.s2, nullptr, a.eps, stream);
+  add_up(a.shape, groups_of(a.shape), a.workspace, a.s1, a.s2, nullptr, a.eps, stream);
   return cudaGetLastError();
 }
 
 cudaError_t cuda_bn_act_backward(const CudaBnActBackwardArgs& a, cudaStream_t stream) {
   const cudaError_t error = with_dtype(a, all_aligned({a.u, a.grad, a.residual, a.du, a.dr}), stream);
   if (error != cudaSuccess || !a.dgamma) return error;
-  add_up(a.shape, 1, a.partials, a.dbeta, a.dgamma, a.var, a.eps, stream);
+  add_up(a.shape, 1, a.workspace, a.dbeta, a.dgamma, a.var, a.eps, stream);
   return cudaGetLastError();
 }
 

@@ -1,4 +1,4 @@
-// bn_act, channel_sums and their backwards on CUDA. Contract: zsq_ext/ops/reference.py.
+// bn_act, channel_sums and their backwards on CUDA. Contract: zsq_ext/ops/reference/bn_act.py.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,17 +9,6 @@
 #include "dtype.h"
 
 namespace zsq {
-
-// Dense tensors in memory order: [samples, places, channels] where the channels are last, else
-// [samples, channels, places]. Sums are per sample and channel where per_sample, else per channel.
-struct CudaBnActShape {
-  int64_t samples, channels, places;
-  bool last, per_sample;
-};
-
-// How many partial sums a channel leaves behind: [2][chunks][channels] floats of memory are needed where sums are
-// taken.
-int64_t cuda_bn_act_chunks(const CudaBnActShape& shape);
 
 // Null means absent.
 struct CudaBnActArgs {
@@ -33,13 +22,14 @@ struct CudaBnActArgs {
   const float* beta;
   float* s1;  // [groups][channels], groups = samples where per_sample, else 1; as s2; both or neither
   float* s2;
-  float* partials;  // where sums are taken
   float eps;
-  CudaBnActShape shape;
+  BnActShape shape;
   Act act;
   DType dtype;
+  float* workspace;  // where sums are taken: partial ones, as many bytes as _workspace says
 };
 
+int64_t cuda_bn_act_workspace(const CudaBnActArgs& args);
 cudaError_t cuda_bn_act(const CudaBnActArgs& args, cudaStream_t stream);
 
 struct CudaBnActBackwardArgs {
@@ -57,13 +47,14 @@ struct CudaBnActBackwardArgs {
   void* dr;       // [n]
   float* dgamma;  // [channels], as dbeta; both or neither
   float* dbeta;
-  float* partials;  // where these are taken
   float eps;
-  CudaBnActShape shape;
+  BnActShape shape;
   Act act;
   DType dtype;
+  float* workspace;  // where sums are taken: partial ones, as many bytes as _workspace says
 };
 
+int64_t cuda_bn_act_backward_workspace(const CudaBnActBackwardArgs& args);
 cudaError_t cuda_bn_act_backward(const CudaBnActBackwardArgs& args, cudaStream_t stream);
 
 }  // namespace zsq

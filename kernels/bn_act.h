@@ -1,10 +1,19 @@
-// Batch norm in eval mode, activation and their derivative for one element, as zsq_ext/ops/reference.py defines them.
-// Shared by the CPU's scalar path and CUDA.
+// Batch norm in eval mode, activation and their derivative for one element, as zsq_ext/ops/reference/bn_act.py defines
+// them. Shared by the CPU's scalar path and CUDA.
 #pragma once
+
+#include <cstdint>
 
 #include "arith.h"
 
 namespace zsq {
+
+// Dense tensors in memory order: [samples, places, channels] where the channels are last, else
+// [samples, channels, places]. Sums are per sample and channel where per_sample, else per channel.
+struct BnActShape {
+  int64_t samples, channels, places;
+  bool last, per_sample;
+};
 
 // The codes that zsq_ext passes. zsq_ext/ops/layout.py holds the same table.
 enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4 };

@@ -1,4 +1,4 @@
-"""bn_act, channel_sums and their backwards in Triton. Contract: zsq_ext/ops/reference.py.
+"""bn_act, channel_sums and their backwards in Triton. Contract: zsq_ext/ops/reference/bn_act.py.
 
 A program takes a tile of rows and columns. Where channels are last, a row is a place and a column a channel; elsewhere
 a row is one channel of one sample and a column a place. Sums run along the axis that is not the channels', leave one

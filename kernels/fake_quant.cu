@@ -1,5 +1,5 @@
 // fake_quant and its backward: one thread takes 16 bytes, which is all a memory-bound kernel has to get right.
-// Contract: zsq_ext/ops/reference.py; arithmetic: fake_quant.h.
+// Contract: zsq_ext/ops/reference/fake_quant.py; arithmetic: fake_quant.h.
 #include "fake_quant.cuh"
 #include "grid.cuh"
 #include "pack.cuh"

@@ -1,4 +1,4 @@
-// fake_quant and its backwards on CUDA. Contract: zsq_ext/ops/reference.py.
+// fake_quant and its backwards on CUDA. Contract: zsq_ext/ops/reference/fake_quant.py.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,11 +26,16 @@ struct CudaFakeQuantArgs {
 // The forward where grad is null, else the straight-through gradient. Launches nothing for n = 0.
 cudaError_t cuda_fake_quant(const CudaFakeQuantArgs& args, cudaStream_t stream);
 
-// LSQ's gradient: the straight-through gradient into out, and two sums per channel. Launches nothing for n = 0, and
-// then writes nothing. workspace holds as many bytes as cuda_fake_quant_lsq_workspace says.
-cudaError_t cuda_fake_quant_lsq_backward(const CudaFakeQuantArgs& args, float* dscale, float* dzero_point,
-                                         void* workspace, cudaStream_t stream);
+struct CudaFakeQuantLsqArgs {
+  CudaFakeQuantArgs fq;
+  float* dscale;  // [channels], as dzero_point
+  float* dzero_point;
+  void* workspace;  // as many bytes as _workspace says
+};
 
-int64_t cuda_fake_quant_lsq_workspace(int64_t n, int64_t channels, int64_t inner, DType dtype);
+// LSQ's gradient: the straight-through gradient into out, and two sums per channel. Launches nothing for n = 0, and
+// then writes nothing.
+cudaError_t cuda_fake_quant_lsq_backward(const CudaFakeQuantLsqArgs& args, cudaStream_t stream);
+int64_t cuda_fake_quant_lsq_workspace(const CudaFakeQuantLsqArgs& args);
 
 }  // namespace zsq

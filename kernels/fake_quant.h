@@ -1,4 +1,4 @@
-// Fake-quantization of one element, as zsq_ext/ops/reference.py defines it. Shared by the CPU and CUDA.
+// Fake-quantization of one element, as zsq_ext/ops/reference/fake_quant.py defines it. Shared by the CPU and CUDA.
 #pragma once
 
 #include "arith.h"

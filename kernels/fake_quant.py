@@ -1,4 +1,4 @@
-"""fake_quant and its backwards in Triton. Contract: zsq_ext/ops/reference.py."""
+"""fake_quant and its backwards in Triton. Contract: zsq_ext/ops/reference/fake_quant.py."""
 
 from typing import NamedTuple
 

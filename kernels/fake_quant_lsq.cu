@@ -1,6 +1,6 @@
 // LSQ's gradient in one pass over grad and x: dx on the way, and per channel two sums in two stages. What is summed,
 // and in which order, depends on sizes and dtype alone; there are no atomics.
-// Contract: zsq_ext/ops/reference.py; arithmetic: fake_quant.h.
+// Contract: zsq_ext/ops/reference/fake_quant.py; arithmetic: fake_quant.h.
 #include "fake_quant.cuh"
 #include "grid.cuh"
 #include "pack.cuh"
@@ -233,19 +233,19 @@ void launch(const Args& a, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t cuda_fake_quant_lsq_workspace(int64_t n, int64_t channels, int64_t inner, DType dtype) {
-  if (n == 0) return 0;
-  const int64_t parts = plan_of(n, channels, inner, dtype).parts;
-  return parts == 1 ? 0 : channels * parts * static_cast<int64_t>(sizeof(Sums));
+int64_t cuda_fake_quant_lsq_workspace(const CudaFakeQuantLsqArgs& args) {
+  const CudaFakeQuantArgs& f = args.fq;
+  if (f.n == 0) return 0;
+  const int64_t parts = plan_of(f.n, f.channels, f.inner, f.dtype).parts;
+  return parts == 1 ? 0 : f.channels * parts * static_cast<int64_t>(sizeof(Sums));
 }
 
-cudaError_t cuda_fake_quant_lsq_backward(const CudaFakeQuantArgs& args, float* dscale, float* dzero_point,
-                                         void* workspace, cudaStream_t stream) {
-  if (args.n == 0) return cudaSuccess;
-  const Args a{
-      args, plan_of(args.n, args.channels, args.inner, args.dtype), dscale, dzero_point, static_cast<Sums*>(workspace),
-      false};
-  switch (args.dtype) {
+cudaError_t cuda_fake_quant_lsq_backward(const CudaFakeQuantLsqArgs& args, cudaStream_t stream) {
+  const CudaFakeQuantArgs& f = args.fq;
+  if (f.n == 0) return cudaSuccess;
+  const Plan plan = plan_of(f.n, f.channels, f.inner, f.dtype);
+  const Args a{f, plan, args.dscale, args.dzero_point, static_cast<Sums*>(args.workspace), false};
+  switch (f.dtype) {
     case DType::f32:
       launch<float>(a, stream);
       break;

@@ -7,7 +7,8 @@ from torch import nn
 from zsq_ext import bench
 from zsq_ext.bench import families, steps, timing
 from zsq_ext.core.progress import QUIET
-from zsq_ext.ops import cases, cases_bn_act
+from zsq_ext.ops.cases import bn_act as cases_bn_act
+from zsq_ext.ops.cases import fake_quant as cases
 
 SECONDS = 0.01
 

@@ -103,3 +103,11 @@ def test_every_op_has_a_reference_and_a_schema():
     for op in backend.OPS:
         assert hasattr(reference, op)
         assert hasattr(torch.ops.zsq, op)
+
+
+def test_the_native_module_counts_the_fields_of_a_struct():
+    module = pytest.importorskip("zsq_ext._C")
+    with pytest.raises(TypeError, match="takes 13 values, got 2"):  # 12 fields and the threads
+        module.cpu_fake_quant(0, 1)
+    with pytest.raises(TypeError, match="takes 12 values, got 1"):  # the struct inside, a tuple
+        module.cpu_fake_quant_lsq_backward((0,), 0, 0, 1)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 
 from zsq_ext.ops import backend, bn_act, channel_sums, cpu, reference, statistics_of
-from zsq_ext.ops import cases_bn_act as cases
+from zsq_ext.ops.cases import bn_act as cases
+from zsq_ext.ops.reference.bn_act import _normalised, _per_channel
 
 ALL = pytest.mark.parametrize("case", cases.BN_ACT, ids=lambda case: case.name)
 CASE = {case.name: case for case in cases.BN_ACT}
@@ -64,8 +65,8 @@ def slack_of_sum(terms, case, stats):
 
 
 def before_activation(args):
-    v, a, _ = reference._normalised(*(args[k] for k in ("u", "mean", "var", "gamma", "beta", "eps", "residual")))
-    return v, reference._per_channel(a, args["u"])
+    v, a, _ = _normalised(*(args[k] for k in ("u", "mean", "var", "gamma", "beta", "eps", "residual")))
+    return v, _per_channel(a, args["u"])
 
 
 def slack_of_silu(v, size, dtype):
@@ -247,7 +248,7 @@ def assert_forward(case, got, expected):
         assert_same(y, expected[0])
     assert_same(mask, expected[3])
     if case.stats is not None:
-        d = args["u"].to(case.compute) - reference._per_channel(args["mean"], args["u"])
+        d = args["u"].to(case.compute) - _per_channel(args["mean"], args["u"])
         assert_within(s1, expected[1], slack_of_sum(d, case, case.stats))
         assert_within(s2, expected[2], slack_of_sum(d.double().square(), case, case.stats))
 
@@ -278,7 +279,7 @@ def assert_backward(case, got):
         assert_within(got[0], expected[0], slack_u + expected[0].double().abs() * torch.finfo(case.dtype).eps)
         assert_within(got[1], expected[1], slack_g if case.residual else 0)
     # Sums of g and of g * (u - mean), for which silu's slope has its slack too; the product with inv rounds once more.
-    d = (args["u"].to(case.compute) - reference._per_channel(args["mean"], args["u"])).double()
+    d = (args["u"].to(case.compute) - _per_channel(args["mean"], args["u"])).double()
     inv = (args["var"] + args["eps"]).rsqrt().double()
     g = grad.double() * (size if case.act in ("silu", "hardswish") else 1)
     own = torch.zeros_like(g) if slack_g is None else slack_g

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 
-from zsq_ext.ops import backend, cases, cpu, fake_quant, reference
+from zsq_ext.ops import backend, cpu, fake_quant, reference
+from zsq_ext.ops.cases import fake_quant as cases
 
 ALL = pytest.mark.parametrize("case", cases.FAKE_QUANT, ids=lambda case: case.name)
 CASE = {case.name: case for case in cases.FAKE_QUANT}

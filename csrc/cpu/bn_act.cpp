@@ -377,8 +377,8 @@ template <class C, class A>
 std::vector<Channel<C>> channels_of(const A& a) {
   const C *mean = static_cast<const C*>(a.mean), *var = static_cast<const C*>(a.var);
   const C *gamma = static_cast<const C*>(a.gamma), *beta = static_cast<const C*>(a.beta);
-  std::vector<Channel<C>> channels(a.channels);
-  for (int64_t c = 0; c < a.channels; ++c) {
+  std::vector<Channel<C>> channels(a.shape.channels);
+  for (int64_t c = 0; c < a.shape.channels; ++c) {
     channels[c].norm.mean = mean[c];
     if (var) channels[c].norm = norm(mean[c], var[c], gamma ? gamma[c] : C(1), beta ? beta[c] : C(0), C(a.eps));
   }
@@ -420,37 +420,39 @@ class Partials {
 // Runs a pass over all elements, one chunk after the other. `set(group, channels)` writes what a loss sends to the
 // channels of a group.
 template <Act kAct, class C, class S, class B, class A, class Set>
-std::unique_ptr<Partials<C>> pass(const A& a, const S& all, B bits, bool per_sample, const Set& set) {
+std::unique_ptr<Partials<C>> pass(const A& a, int threads, const S& all, B bits, bool per_sample, const Set& set) {
   const bool simd = simd_enabled();
   const std::vector<Channel<C>> channels = channels_of<C>(a);
-  if (a.last) {
-    const int64_t groups = per_sample ? a.samples : 1, count = per_sample ? a.places : a.samples * a.places;
-    const int64_t size = rows_of_chunk(std::max<int64_t>(a.channels, 1)), chunks = ceil_div(count, size);
-    const int64_t bytes = ceil_div(a.channels, 8);
-    auto partials = std::make_unique<Partials<C>>(all.sums, groups * chunks, a.channels);
-    const int64_t grain = ceil_div(kGrain, std::max<int64_t>(std::min(size, count) * a.channels, 1));
-    parallel_for(groups * chunks, grain, a.threads, [&](int64_t begin, int64_t end) {
+  if (a.shape.last) {
+    const int64_t groups = per_sample ? a.shape.samples : 1,
+                  count = per_sample ? a.shape.places : a.shape.samples * a.shape.places;
+    const int64_t size = rows_of_chunk(std::max<int64_t>(a.shape.channels, 1)), chunks = ceil_div(count, size);
+    const int64_t bytes = ceil_div(a.shape.channels, 8);
+    auto partials = std::make_unique<Partials<C>>(all.sums, groups * chunks, a.shape.channels);
+    const int64_t grain = ceil_div(kGrain, std::max<int64_t>(std::min(size, count) * a.shape.channels, 1));
+    parallel_for(groups * chunks, grain, threads, [&](int64_t begin, int64_t end) {
       std::vector<Channel<C>> mine = channels;
       for (int64_t k = begin; k < end; ++k) {
         const int64_t group = k / chunks, offset = k % chunks * size, at = group * count + offset;
         if (k == begin || offset == 0) set(group, mine);
-        rows<kAct>(all + at * a.channels, bits + at * bytes, bytes, std::min(size, count - offset), mine,
+        rows<kAct>(all + at * a.shape.channels, bits + at * bytes, bytes, std::min(size, count - offset), mine,
                    partials->first(k), partials->second(k), simd);
       }
     });
     return partials;
   }
-  const int64_t pieces = ceil_div(a.places, kPiece), bytes = ceil_div(a.places, 8);
-  auto partials = std::make_unique<Partials<C>>(all.sums, a.samples * pieces, a.channels);
-  const int64_t grain = ceil_div(kGrain, std::max<int64_t>(std::min(kPiece, a.places), 1));
-  parallel_for(a.samples * a.channels * pieces, grain, a.threads, [&](int64_t begin, int64_t end) {
+  const int64_t pieces = ceil_div(a.shape.places, kPiece), bytes = ceil_div(a.shape.places, 8);
+  auto partials = std::make_unique<Partials<C>>(all.sums, a.shape.samples * pieces, a.shape.channels);
+  const int64_t grain = ceil_div(kGrain, std::max<int64_t>(std::min(kPiece, a.shape.places), 1));
+  parallel_for(a.shape.samples * a.shape.channels * pieces, grain, threads, [&](int64_t begin, int64_t end) {
     std::vector<Channel<C>> mine = channels;
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t line = k / pieces, piece = k % pieces, c = line % a.channels, sample = line / a.channels;
+      const int64_t line = k / pieces, piece = k % pieces, c = line % a.shape.channels,
+                    sample = line / a.shape.channels;
       if (k == begin || (c == 0 && piece == 0)) set(per_sample ? sample : 0, mine);
       const int64_t offset = piece * kPiece;
-      const Sums<C> sums = row<kAct>(all + (line * a.places + offset), bits + (line * bytes + offset / 8),
-                                     std::min(kPiece, a.places - offset), mine[c], simd);
+      const Sums<C> sums = row<kAct>(all + (line * a.shape.places + offset), bits + (line * bytes + offset / 8),
+                                     std::min(kPiece, a.shape.places - offset), mine[c], simd);
       if (all.sums) {
         partials->first(sample * pieces + piece)[c] = sums.first;
         partials->second(sample * pieces + piece)[c] = sums.second;
@@ -461,15 +463,16 @@ std::unique_ptr<Partials<C>> pass(const A& a, const S& all, B bits, bool per_sam
 }
 
 template <Act kAct, class T, class C>
-void forward(const BnActArgs& a) {
+void forward(const BnActArgs& a, int threads) {
   const Forward<T> all{static_cast<const T*>(a.u), static_cast<const T*>(a.residual), static_cast<T*>(a.y),
                        a.s1 != nullptr};
-  const auto partials = pass<kAct, C>(a, all, Bits{a.mask}, a.per_sample, [](int64_t, std::vector<Channel<C>>&) {});
-  if (a.s1) partials->add_up(a.per_sample ? a.samples : 1, static_cast<C*>(a.s1), static_cast<C*>(a.s2));
+  const auto partials =
+      pass<kAct, C>(a, threads, all, Bits{a.mask}, a.shape.per_sample, [](int64_t, std::vector<Channel<C>>&) {});
+  if (a.s1) partials->add_up(a.shape.per_sample ? a.shape.samples : 1, static_cast<C*>(a.s1), static_cast<C*>(a.s2));
 }
 
 template <Act kAct, class T, class C>
-void backward(const BnActBackwardArgs& a) {
+void backward(const BnActBackwardArgs& a, int threads) {
   const C *s1 = static_cast<const C*>(a.grad_s1), *s2 = static_cast<const C*>(a.grad_s2);
   const Backward<T> all{static_cast<const T*>(a.u),
                         static_cast<const T*>(a.grad),
@@ -479,65 +482,65 @@ void backward(const BnActBackwardArgs& a) {
                         a.dgamma != nullptr,
                         s1 != nullptr};
   const auto set = [&](int64_t group, std::vector<Channel<C>>& channels) {
-    for (int64_t c = 0; s1 && c < a.channels; ++c) {
-      channels[c].slope = C(2) * s2[group * a.channels + c];
-      channels[c].offset = s1[group * a.channels + c];
+    for (int64_t c = 0; s1 && c < a.shape.channels; ++c) {
+      channels[c].slope = C(2) * s2[group * a.shape.channels + c];
+      channels[c].offset = s1[group * a.shape.channels + c];
     }
   };
-  const auto partials = pass<kAct, C>(a, all, ConstBits{a.mask}, a.per_sample && s1, set);
+  const auto partials = pass<kAct, C>(a, threads, all, ConstBits{a.mask}, a.shape.per_sample && s1, set);
   if (a.dgamma) {
     C* dgamma = static_cast<C*>(a.dgamma);
     partials->add_up(1, static_cast<C*>(a.dbeta), dgamma);
-    for (int64_t c = 0; c < a.channels; ++c) {
+    for (int64_t c = 0; c < a.shape.channels; ++c) {
       dgamma[c] = mul(dgamma[c], inverse_deviation(static_cast<const C*>(a.var)[c], C(a.eps)));
     }
   }
 }
 
 template <Act kAct, class T, class C>
-void run(const BnActArgs& a) {
-  forward<kAct, T, C>(a);
+void run(const BnActArgs& a, int threads) {
+  forward<kAct, T, C>(a, threads);
 }
 
 template <Act kAct, class T, class C>
-void run(const BnActBackwardArgs& a) {
-  backward<kAct, T, C>(a);
+void run(const BnActBackwardArgs& a, int threads) {
+  backward<kAct, T, C>(a, threads);
 }
 
 template <class T, class C, class A>
-void with_act(const A& a) {
+void with_act(const A& a, int threads) {
   switch (a.act) {
     case Act::none:
-      return run<Act::none, T, C>(a);
+      return run<Act::none, T, C>(a, threads);
     case Act::relu:
-      return run<Act::relu, T, C>(a);
+      return run<Act::relu, T, C>(a, threads);
     case Act::relu6:
-      return run<Act::relu6, T, C>(a);
+      return run<Act::relu6, T, C>(a, threads);
     case Act::silu:
-      return run<Act::silu, T, C>(a);
+      return run<Act::silu, T, C>(a, threads);
     case Act::hardswish:
-      return run<Act::hardswish, T, C>(a);
+      return run<Act::hardswish, T, C>(a, threads);
   }
 }
 
 template <class A>
-void with_dtype(const A& a) {
+void with_dtype(const A& a, int threads) {
   switch (a.dtype) {
     case DType::f32:
-      return with_act<float, float>(a);
+      return with_act<float, float>(a, threads);
     case DType::f16:
-      return with_act<f16, float>(a);
+      return with_act<f16, float>(a, threads);
     case DType::bf16:
-      return with_act<bf16, float>(a);
+      return with_act<bf16, float>(a, threads);
     case DType::f64:
-      return with_act<double, double>(a);
+      return with_act<double, double>(a, threads);
   }
 }
 
 }  // namespace
 
-void bn_act(const BnActArgs& args) { with_dtype(args); }
+void bn_act(const BnActArgs& args, int threads) { with_dtype(args, threads); }
 
-void bn_act_backward(const BnActBackwardArgs& args) { with_dtype(args); }
+void bn_act_backward(const BnActBackwardArgs& args, int threads) { with_dtype(args, threads); }
 
 }  // namespace zsq

@@ -1,4 +1,4 @@
-// bn_act, channel_sums and their backwards on the CPU. Contract: zsq_ext/ops/reference.py.
+// bn_act, channel_sums and their backwards on the CPU. Contract: zsq_ext/ops/reference/bn_act.py.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,7 @@
 
 namespace zsq {
 
-// Dense tensors in memory order: [samples, places, channels] where the channels are last, else
-// [samples, channels, places]. "compute" is float, or double where u is double. Null means absent.
+// Dense tensors in memory order, as the shape says. "compute" is float, or double where u is double. Null means absent.
 struct BnActArgs {
   const void* u;         // [n] in its dtype, as residual and y
   const void* residual;  // [n]
@@ -22,14 +21,12 @@ struct BnActArgs {
   void* s1;  // [groups][channels] compute, groups = samples where per_sample, else 1; as s2; both or neither
   void* s2;
   double eps;
-  int64_t samples, channels, places;
-  bool last, per_sample;
+  BnActShape shape;
   Act act;
   DType dtype;
-  int threads;
 };
 
-void bn_act(const BnActArgs& args);
+void bn_act(const BnActArgs& args, int threads);
 
 struct BnActBackwardArgs {
   const void* u;         // [n] in its dtype, as grad, residual, du and dr
@@ -47,13 +44,11 @@ struct BnActBackwardArgs {
   void* dgamma;  // [channels] compute, as dbeta; both or neither
   void* dbeta;
   double eps;
-  int64_t samples, channels, places;
-  bool last, per_sample;
+  BnActShape shape;
   Act act;
   DType dtype;
-  int threads;
 };
 
-void bn_act_backward(const BnActBackwardArgs& args);
+void bn_act_backward(const BnActBackwardArgs& args, int threads);
 
 }  // namespace zsq

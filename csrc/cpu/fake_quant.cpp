@@ -109,23 +109,23 @@ void piece(const FakeQuantArgs& a, int64_t begin, int64_t end, bool simd) {
 }
 
 template <class T, class C>
-void run(const FakeQuantArgs& a) {
+void run(const FakeQuantArgs& a, int threads) {
   const bool simd = simd_enabled();
-  parallel_for(a.n, kGrain, a.threads, [&](int64_t begin, int64_t end) { piece<T, C>(a, begin, end, simd); });
+  parallel_for(a.n, kGrain, threads, [&](int64_t begin, int64_t end) { piece<T, C>(a, begin, end, simd); });
 }
 
 }  // namespace
 
-void fake_quant(const FakeQuantArgs& args) {
+void fake_quant(const FakeQuantArgs& args, int threads) {
   switch (args.dtype) {
     case DType::f32:
-      return run<float, float>(args);
+      return run<float, float>(args, threads);
     case DType::f16:
-      return run<f16, float>(args);
+      return run<f16, float>(args, threads);
     case DType::bf16:
-      return run<bf16, float>(args);
+      return run<bf16, float>(args, threads);
     case DType::f64:
-      return run<double, double>(args);
+      return run<double, double>(args, threads);
   }
 }
 

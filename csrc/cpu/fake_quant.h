@@ -1,4 +1,4 @@
-// fake_quant and its backwards on the CPU. Contract: zsq_ext/ops/reference.py.
+// fake_quant and its backwards on the CPU. Contract: zsq_ext/ops/reference/fake_quant.py.
 #pragma once
 
 #include <cstdint>
@@ -19,14 +19,19 @@ struct FakeQuantArgs {
   int64_t n, channels, inner;
   int64_t qmin, qmax;
   DType dtype;
-  int threads;
 };
 
 // The forward where grad is null, else the straight-through gradient: grad inside the range, 0 outside.
-void fake_quant(const FakeQuantArgs& args);
+void fake_quant(const FakeQuantArgs& args, int threads);
 
-// LSQ's gradient: the straight-through gradient into out, and the two sums per channel, in scale's type. The sums
-// are the same bits for any number of threads. Writes nothing for n = 0.
-void fake_quant_lsq_backward(const FakeQuantArgs& args, void* dscale, void* dzero_point);
+struct FakeQuantLsqArgs {
+  FakeQuantArgs fq;
+  void* dscale;  // [channels] of scale's type, as dzero_point
+  void* dzero_point;
+};
+
+// LSQ's gradient: the straight-through gradient into out, and the two sums per channel. The sums are the same bits for
+// any number of threads. Writes nothing for n = 0.
+void fake_quant_lsq_backward(const FakeQuantLsqArgs& args, int threads);
 
 }  // namespace zsq

@@ -181,12 +181,15 @@ void columns_slab(const FakeQuantArgs& a, const Slots& slots, int64_t begin, int
 }
 
 template <class T, class C>
-void run(const FakeQuantArgs& a, C* dscale, C* dzero_point) {
+void run(const FakeQuantLsqArgs& args, int threads) {
+  const FakeQuantArgs& a = args.fq;
+  C* const dscale = static_cast<C*>(args.dscale);
+  C* const dzero_point = static_cast<C*>(args.dzero_point);
   const bool simd = simd_enabled();
   const Slots slots(a);
   const int64_t slabs = (a.n + kSlab - 1) / kSlab;
   std::vector<Sums> sums(slabs * slots.count), total(a.channels);
-  parallel_for(slabs, 1, a.threads, [&](int64_t k, int64_t end) {
+  parallel_for(slabs, 1, threads, [&](int64_t k, int64_t end) {
     for (; k < end; ++k) {
       const auto slab = a.inner == 1 && a.channels > 1 ? columns_slab<T, C> : rows_slab<T, C>;
       slab(a, slots, k * kSlab, std::min(a.n, (k + 1) * kSlab), simd, sums.data() + k * slots.count);
@@ -207,18 +210,17 @@ void run(const FakeQuantArgs& a, C* dscale, C* dzero_point) {
 
 }  // namespace
 
-void fake_quant_lsq_backward(const FakeQuantArgs& args, void* dscale, void* dzero_point) {
-  if (args.n == 0) return;
-  const auto f = [](void* p) { return static_cast<float*>(p); };
-  switch (args.dtype) {
+void fake_quant_lsq_backward(const FakeQuantLsqArgs& args, int threads) {
+  if (args.fq.n == 0) return;
+  switch (args.fq.dtype) {
     case DType::f32:
-      return run<float>(args, f(dscale), f(dzero_point));
+      return run<float, float>(args, threads);
     case DType::f16:
-      return run<f16>(args, f(dscale), f(dzero_point));
+      return run<f16, float>(args, threads);
     case DType::bf16:
-      return run<bf16>(args, f(dscale), f(dzero_point));
+      return run<bf16, float>(args, threads);
     case DType::f64:
-      return run<double>(args, static_cast<double*>(dscale), static_cast<double*>(dzero_point));
+      return run<double, double>(args, threads);
   }
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from zsq_ext.bench import timing
 from zsq_ext.core.progress import Progress
 from zsq_ext.ops import backend, bn_act, reference
-from zsq_ext.ops import cases_bn_act as cases
+from zsq_ext.ops.cases import bn_act as cases
 
 _ACTS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
 

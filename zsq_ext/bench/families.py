@@ -9,7 +9,8 @@ from torch import Tensor
 
 from zsq_ext.bench import bn_act, timing
 from zsq_ext.core.progress import Progress
-from zsq_ext.ops import backend, cases, fake_quant, reference
+from zsq_ext.ops import backend, fake_quant, reference
+from zsq_ext.ops.cases import fake_quant as cases
 
 
 def rows(progress: Progress) -> list[dict[str, Any]]:

@@ -1,12 +1,13 @@
 """Backend `cuda`: CUDA C++ from kernels/*.cu, launched on the current stream of the tensors' device."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zsq_ext.ops import native, native_bn_act
-from zsq_ext.ops.layout import DTYPE_CODE, places_of
+from zsq_ext.ops import native
+from zsq_ext.ops.layout import DTYPE_CODE
 
 
 def missing() -> str | None:
@@ -25,79 +26,33 @@ def refuses(device: str, dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPE_CODE and dtype != torch.float64 else f"takes no {dtype}"
 
 
-def _launched(op: str, error: str) -> None:
-    if error:
-        raise RuntimeError(f"{op}: CUDA launch failed: {error}")
+class _Call:
+    def __call__(self, op: str, *fields: Any) -> None:
+        error = getattr(native.module, f"cuda_{op}")(*fields, torch.cuda.current_stream().cuda_stream)
+        if error:
+            raise RuntimeError(f"{op}: CUDA launch failed: {error}")
+
+    def with_workspace(self, op: str, *fields: Any) -> None:
+        size = getattr(native.module, f"cuda_{op}_workspace")(*fields, 0)
+        memory = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self(op, *fields, memory.data_ptr())
 
 
-def _fake_quant(grad: Tensor | None, x: Tensor, *grid: Any) -> Tensor:
-    with torch.cuda.device_of(x):
-        stream = torch.cuda.current_stream().cuda_stream
-        out, error = native.fake_quant(native.module.cuda_fake_quant, stream, grad, x, *grid)
-    _launched("fake_quant", error)
-    return out
+_call = _Call()
 
 
-def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None) -> Tensor:
-    return _fake_quant(None, x, scale, zero_point, qmin, qmax, axis)
+def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return op(_call, first, *rest)
+
+    return run
 
 
-def fake_quant_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
-) -> Tensor:
-    return _fake_quant(grad, x, scale, zero_point, qmin, qmax, axis)
-
-
-def _partials(u: Tensor, mean: Tensor, wanted: bool, per_sample: bool) -> Tensor | None:
-    """Memory for what the first stage of a sum leaves behind."""
-    if not wanted:
-        return None
-    return mean.new_empty(2, native.module.cuda_bn_act_chunks(*places_of(u), per_sample), u.size(1))
-
-
-def _stream(partials: Tensor | None) -> tuple[int, int]:
-    return 0 if partials is None else partials.data_ptr(), torch.cuda.current_stream().cuda_stream
-
-
-def bn_act(u: Tensor, mean: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stats = rest[-2]
-    with torch.cuda.device_of(u):
-        partials = _partials(u, mean, stats is not None, stats == "sample")
-        out, error = native_bn_act.forward(native.module.cuda_bn_act, _stream(partials), u, mean, *rest)
-    if error:
-        raise RuntimeError(f"bn_act: CUDA launch failed: {error}")
-    return out
-
-
-def bn_act_backward(
-    u: Tensor, grad_y: Tensor | None, grad_s1: Tensor | None, grad_s2: Tensor | None, mean: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    per_sample = grad_s1 is not None and grad_s1.dim() == 2
-    call, grads = native.module.cuda_bn_act_backward, (grad_y, grad_s1, grad_s2)
-    with torch.cuda.device_of(u):
-        partials = _partials(u, mean, rest[-1] and grad_y is not None, per_sample)
-        out, error = native_bn_act.backward(call, _stream(partials), u, *grads, mean, *rest)
-    if error:
-        raise RuntimeError(f"bn_act_backward: CUDA launch failed: {error}")
-    return out
-
-
-def channel_sums(u: Tensor, mean: Tensor, stats: str) -> tuple[Tensor, Tensor]:
-    return bn_act(u, mean, *native_bn_act.NO_Y, stats, False)[1:3]
-
-
-def channel_sums_backward(u: Tensor, mean: Tensor, grad_s1: Tensor, grad_s2: Tensor) -> Tensor:
-    return bn_act_backward(u, None, grad_s1, grad_s2, mean, *native_bn_act.ONLY_SUMS)[0]
-
-
-def fake_quant_lsq_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    call, workspace = native.module.cuda_fake_quant_lsq_backward, native.module.cuda_fake_quant_lsq_workspace
-    with torch.cuda.device_of(x):
-        stream = torch.cuda.current_stream().cuda_stream
-        found, error = native.fake_quant_lsq_backward(
-            call, workspace, stream, grad, x, scale, zero_point, qmin, qmax, axis
-        )
-    _launched("fake_quant_lsq_backward", error)
-    return found
+fake_quant = _on_its_device(native.fake_quant)
+fake_quant_backward = _on_its_device(native.fake_quant_backward)
+fake_quant_lsq_backward = _on_its_device(native.fake_quant_lsq_backward)
+bn_act = _on_its_device(native.bn_act)
+bn_act_backward = _on_its_device(native.bn_act_backward)
+channel_sums = _on_its_device(native.channel_sums)
+channel_sums_backward = _on_its_device(native.channel_sums_backward)

@@ -1,4 +1,4 @@
-"""The inputs that every backend of bn_act and channel_sums meets, as in cases.py."""
+"""The inputs that every backend of bn_act and channel_sums meets."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,0 +1,27 @@
+"""What the backends `cpu` and `cuda` share: the native module, and how its functions are called with tensors.
+
+A function here has the arguments of its namesake in `reference` behind `call`, which is the one thing the two backends
+have each for themselves: `call(op, *fields)` runs an op of the native module on the fields of its struct, in order, and
+`call.with_workspace(op, *fields)` also gives it the memory that its sums want, where a backend keeps it outside.
+"""
+
+from zsq_ext.ops.native.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
+from zsq_ext.ops.native.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
+
+__all__ = [
+    "bn_act",
+    "bn_act_backward",
+    "channel_sums",
+    "channel_sums_backward",
+    "fake_quant",
+    "fake_quant_backward",
+    "fake_quant_lsq_backward",
+    "module",
+    "problem",
+]
+
+problem: str | None = None
+try:
+    from zsq_ext import _C as module
+except ImportError as error:  # a source tree that was never built: the reference still works
+    module, problem = None, f"the native module does not load ({error})"

@@ -1,0 +1,30 @@
+"""What every op means, in plain PyTorch. Where documentation and this backend disagree, this backend wins.
+
+Runs on any device and allocates freely. The other backends hold the same functions, with the same names and
+argument order, and give the same bits.
+"""
+
+import torch
+
+from zsq_ext.ops.reference.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
+from zsq_ext.ops.reference.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
+
+__all__ = [
+    "bn_act",
+    "bn_act_backward",
+    "channel_sums",
+    "channel_sums_backward",
+    "fake_quant",
+    "fake_quant_backward",
+    "fake_quant_lsq_backward",
+    "missing",
+    "refuses",
+]
+
+
+def missing() -> str | None:
+    return None
+
+
+def refuses(device: str, dtype: torch.dtype) -> str | None:
+    return None

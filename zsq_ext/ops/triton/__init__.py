@@ -1,0 +1,43 @@
+"""Backend `triton`: the Triton kernels of kernels/*.py, on CUDA, or on the CPU under TRITON_INTERPRET=1."""
+
+import importlib.util
+import os
+
+import torch
+
+from zsq_ext.ops.triton.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
+from zsq_ext.ops.triton.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
+
+__all__ = [
+    "bn_act",
+    "bn_act_backward",
+    "channel_sums",
+    "channel_sums_backward",
+    "fake_quant",
+    "fake_quant_backward",
+    "fake_quant_lsq_backward",
+    "missing",
+    "refuses",
+]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if _interpreted() or torch.cuda.is_available():
+        return None
+    return "no CUDA device is visible, and TRITON_INTERPRET=1 is not set"
+
+
+def refuses(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cuda" and not (device == "cpu" and _interpreted()):
+        return f"takes CUDA tensors, not {device}"
+    if device == "cpu" and dtype == torch.bfloat16:
+        return "takes no torch.bfloat16 when interpreted: the interpreter truncates where hardware rounds"
+    return None if dtype in _DTYPES else f"takes no {dtype}"

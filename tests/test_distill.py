@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zsq_ext.methods import synq
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.graph import find
 from zsq_ext.quant.modules import calibrating
 from zsq_ext.quant.prepare import prepare
@@ -81,9 +82,9 @@ def terms_of(teacher, student, *ideas, images=IMAGES, labels=LABELS, **fields):
 
 def test_without_ideas_it_is_plain_distillation_bit_for_bit(teacher, student):
     terms = terms_of(teacher, student)
-    logits = student(IMAGES)
+    logits = fuse(student)(IMAGES)
     with torch.no_grad():
-        target = teacher(IMAGES)
+        target = fuse(teacher)(IMAGES)
     plain = {
         "kd": kd(logits, target, "kl_batchmean", 20.0, 20.0),
         "ce": 0.5 * torch.nn.functional.cross_entropy(logits, LABELS, reduction="none").mean(),
@@ -139,7 +140,7 @@ def test_soft_labels_change_the_cross_entropy_alone(teacher, student):
 def test_at_the_threshold_the_profiles_differ(teacher, student):
     """tau is the difficulty of one sample, exactly: released code (strict) drops its label, the paper keeps it."""
     with torch.no_grad():
-        delta = difficulty(teacher(IMAGES), LABELS)
+        delta = difficulty(fuse(teacher)(IMAGES), LABELS)
     tau = delta.sort().values[2].item()
     released = terms_of(teacher, student, SoftLabels(tau=tau, strict=True))["ce"]
     paper = terms_of(teacher, student, SoftLabels(tau=tau, strict=False))["ce"]

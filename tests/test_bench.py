@@ -1,11 +1,14 @@
 """The measuring room: what is timed is right, floors are what they say, and the tables show it."""
 
+import math
+from xml.etree import ElementTree
+
 import pytest
 import torch
 from torch import nn
 
 from zsq_ext import bench
-from zsq_ext.bench import families, steps, timing
+from zsq_ext.bench import compare, families, roofline, steps, timing
 from zsq_ext.core.progress import QUIET
 from zsq_ext.ops.cases import bn_act as cases_bn_act
 from zsq_ext.ops.cases import fake_quant as cases
@@ -96,13 +99,15 @@ def test_inputs_outgrow_the_cache():
 
 def test_steps_of_a_network(quick):
     rows = []
-    for op, step in steps._steps(Tiny(steps.CLASSES), "cpu").items():
-        rows += steps._rows(op, "tiny", step, "cpu")
+    for op, (step, eager) in steps._steps(Tiny(steps.CLASSES), "cpu").items():
+        rows += steps._rows(op, "tiny", step, eager, "cpu")
+        for got, want in zip(step(), eager(), strict=True):  # the peer does the same work
+            timing.assert_equal(op, got, want, 1e-3)
     assert [(row["op"], row["backend"]) for row in rows] == [
         (op, name) for op in ("synq_tuning_step", "synq_generation_step") for name in ("reference", "cpu")
     ]
     for row in rows:
-        assert set(row["peers"]) == {"reference"}
+        assert set(row["peers"]) == {"reference", "eager"}
         assert 0 < row["outside_convolutions"] < 1
 
     # two convolutions on 32 x 32, one of them with one input channel per group, and a linear; an image each
@@ -129,3 +134,82 @@ def test_families_have_no_column_for_convolutions():
 def test_suites_have_names():
     with pytest.raises(ValueError, match="suite must be one of families, steps, got 'nothing'"):
         bench.run("nothing")
+
+
+def result(*rows, suite="families", **environment):
+    machine = {"cpu": "x", "gpu": None, "limits": {"cpu": {"copy_gb_s": 10.0, "matmul_gflop_s": 100.0}}}
+    return {"suite": suite, "environment": {**machine, **environment}, "rows": list(rows)}
+
+
+def row(case, ms, p10, p90, **more):
+    keys = {"op": "o", "case": case, "dtype": "float32", "device": "cpu", "backend": "cpu", "pass": "forward"}
+    floor = {"bytes": 10**6, "flops": 10**6, "pct_of_floor": 50.0}
+    return {**keys, **floor, "ms": ms, "ms_p10": p10, "ms_p90": p90, **more}
+
+
+def test_a_change_is_one_that_both_runs_noise_leaves_standing():
+    old = result(row("same", 1, 0.9, 1.2), row("slower", 1, 0.9, 1.2), row("faster", 1, 0.9, 1.2), row("gone", 1, 1, 1))
+    new = result(
+        row("same", 1.3, 1.1, 1.4), row("slower", 2, 1.3, 3), row("faster", 0.5, 0.4, 0.8), row("new", 1, 1, 1)
+    )
+    found = compare.compare(old, new)
+    assert {change.keys[1]: change.verdict for change in found.changes} == {
+        "same": "", "slower": "slower", "faster": "faster",
+    }  # fmt: skip
+    assert str(found) == (
+        "3 rows compared: 1 slower, 1 faster beyond the noise of both runs\n"
+        "1 rows only in the old run, 1 only in the new one"
+    )
+    header, first, *_ = found.lines()
+    assert dict(zip(header, first, strict=True))["case"] == "slower"  # twice as long is the largest change
+    assert first[-2:] == ["2.00", "slower"]
+
+
+def test_runs_of_two_machines_are_told_apart():
+    found = compare.compare(result(gpu={"name": "a", "copy_gb_s": 1}), result(gpu={"name": "a", "copy_gb_s": 2}))
+    assert not found.machine
+    found = compare.compare(result(cpu="x"), result(cpu="y"))
+    assert "the runs are not of one machine: cpu 'x' and 'y'" in str(found)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match="old must be of the suite 'families', got 'steps'"):
+        compare.compare(result(suite="steps"), result())
+    with pytest.raises(ValueError, match="old must be what zsq bench --json wrote"):
+        compare.check([], "families")
+
+
+def test_the_roofline_is_the_rows_own_floor():
+    """At one operation per byte the memory allows 10 GFLOP/s: a row at half of its floor's speed lies at 5."""
+    svg = roofline.draw(result(row("a", 0.2, 0.2, 0.2)), "cpu")
+    root = ElementTree.fromstring(svg)
+    name = "{http://www.w3.org/2000/svg}"
+    (points,) = (p.get("points").split() for p in root.iter(f"{name}polyline"))
+    corners = [tuple(float(v) for v in p.split(",")) for p in points]
+    titles = [c for c in root.iter(f"{name}circle") if len(c)]
+    (circle,) = titles
+    assert "o a cpu forward: 50 % of the floor" in circle[0].text
+    x, y = float(circle.get("cx")), float(circle.get("cy"))
+    (x0, y0), (x1, y1), (x2, level) = corners
+    assert y1 == level  # behind the ridge
+    assert x == x0  # the plot begins at one operation per byte
+    assert x1 - x0 == pytest.approx((x2 - x0) / 2, abs=0.2)  # the ridge is at 10, the plot ends at 100
+    decade = y0 - y1  # the roof rises from 10 to 100 GFLOP/s, and SVG counts downwards
+    assert y - y0 == pytest.approx(decade * math.log10(2), abs=0.2)
+
+
+def test_a_plot_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="must hold rows with bytes and operations on cpu, got 0"):
+        roofline.draw(result(), "cpu")
+
+
+def test_a_family_alone_and_beside_the_compiler(quick, monkeypatch):
+    case = cases.FakeQuantCase("small", (4, 8, 6, 6))
+    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
+    rows = [r for r in families.rows(QUIET, only="fake_quant", inductor=True) if r["backend"] == "cpu"]
+    assert {r["op"] for r in rows} == {"fake_quant", "fake_quant_lsq"}
+    assert all("inductor" in r["peers"] for r in rows)
+    with pytest.raises(ValueError, match=r"only must be one of fake_quant, .*, got 'nothing'"):
+        families.rows(QUIET, only="nothing")
+    with pytest.raises(ValueError, match="only must be left out with the suite 'steps'"):
+        bench.run("steps", only="fake_quant")

@@ -1,5 +1,6 @@
 // zsq_ext._C: a table of contents. What the pointers point to, zsq_ext/ops has checked.
 #include "csrc/bind.h"
+#include "csrc/cpu/adaround.h"
 #include "csrc/cpu/bn_act.h"
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/simd.h"
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("simd_enabled", &zsq::simd_enabled);
   m.def("set_simd", &zsq::set_simd);
+  zsq::def_cpu(m, "cpu_adaround", &zsq::adaround);
   zsq::def_cpu(m, "cpu_fake_quant", &zsq::fake_quant);
   zsq::def_cpu(m, "cpu_fake_quant_lsq_backward", &zsq::fake_quant_lsq_backward);
   zsq::def_cpu(m, "cpu_bn_act", &zsq::bn_act);

@@ -28,6 +28,8 @@ class _Call:
 
 _call = _Call()
 
+adaround = partial(native.adaround, _call)
+adaround_backward = partial(native.adaround_backward, _call)
 fake_quant = partial(native.fake_quant, _call)
 fake_quant_backward = partial(native.fake_quant_backward, _call)
 fake_quant_lsq_backward = partial(native.fake_quant_lsq_backward, _call)

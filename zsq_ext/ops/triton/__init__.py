@@ -5,10 +5,13 @@ import os
 
 import torch
 
+from zsq_ext.ops.triton.adaround import adaround, adaround_backward
 from zsq_ext.ops.triton.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
 from zsq_ext.ops.triton.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
 
 __all__ = [
+    "adaround",
+    "adaround_backward",
     "bn_act",
     "bn_act_backward",
     "channel_sums",

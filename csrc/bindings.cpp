@@ -8,6 +8,7 @@
 #ifdef ZSQ_WITH_CUDA
 #include <cuda_runtime.h>
 
+#include "kernels/adaround.cuh"
 #include "kernels/bn_act.cuh"
 #include "kernels/fake_quant.cuh"
 
@@ -48,6 +49,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef ZSQ_WITH_CUDA
   m.attr("cuda_archs") = ZSQ_CUDA_ARCHS;
   m.attr("cuda_version") = CUDART_VERSION;
+  def_cuda(m, "cuda_adaround", &zsq::cuda_adaround);
+  def_workspace(m, "cuda_adaround_workspace", &zsq::cuda_adaround_workspace);
   def_cuda(m, "cuda_fake_quant", &zsq::cuda_fake_quant);
   def_cuda(m, "cuda_fake_quant_lsq_backward", &zsq::cuda_fake_quant_lsq_backward);
   def_workspace(m, "cuda_fake_quant_lsq_backward_workspace", &zsq::cuda_fake_quant_lsq_workspace);

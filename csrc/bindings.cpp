@@ -3,6 +3,7 @@
 #include "csrc/cpu/adaround.h"
 #include "csrc/cpu/bn_act.h"
 #include "csrc/cpu/fake_quant.h"
+#include "csrc/cpu/qdrop.h"
 #include "csrc/cpu/simd.h"
 
 #ifdef ZSQ_WITH_CUDA
@@ -11,6 +12,7 @@
 #include "kernels/adaround.cuh"
 #include "kernels/bn_act.cuh"
 #include "kernels/fake_quant.cuh"
+#include "kernels/qdrop.cuh"
 
 namespace {
 
@@ -45,6 +47,12 @@ PYBIND11_MODULE(_C, m) {
   zsq::def_cpu(m, "cpu_fake_quant_lsq_backward", &zsq::fake_quant_lsq_backward);
   zsq::def_cpu(m, "cpu_bn_act", &zsq::bn_act);
   zsq::def_cpu(m, "cpu_bn_act_backward", &zsq::bn_act_backward);
+  zsq::def_cpu(m, "cpu_qdrop", &zsq::qdrop);
+  // For tests: the generator itself, whose counters no tensor reaches.
+  m.def("philox", [](uint64_t counter, uint64_t upper, uint64_t key) {
+    const zsq::Words w = zsq::philox(counter, upper, key);
+    return pybind11::make_tuple(w.word[0], w.word[1], w.word[2], w.word[3]);
+  });
 
 #ifdef ZSQ_WITH_CUDA
   m.attr("cuda_archs") = ZSQ_CUDA_ARCHS;
@@ -58,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
   def_workspace(m, "cuda_bn_act_workspace", &zsq::cuda_bn_act_workspace);
   def_cuda(m, "cuda_bn_act_backward", &zsq::cuda_bn_act_backward);
   def_workspace(m, "cuda_bn_act_backward_workspace", &zsq::cuda_bn_act_backward_workspace);
+  def_cuda(m, "cuda_qdrop", &zsq::cuda_qdrop);
 #else
   m.attr("cuda_archs") = "";
 #endif

@@ -3,6 +3,7 @@
 from zsq_ext.ops.adaround import adaround, adaround_many, adaround_start
 from zsq_ext.ops.bn_act import bn_act, channel_sums, statistics_of
 from zsq_ext.ops.fake_quant import fake_quant
+from zsq_ext.ops.qdrop import qdrop
 
 __all__ = [
     "adaround",
@@ -11,5 +12,6 @@ __all__ = [
     "bn_act",
     "channel_sums",
     "fake_quant",
+    "qdrop",
     "statistics_of",
 ]

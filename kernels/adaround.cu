@@ -56,6 +56,21 @@ __device__ double across_warp(double sum) {
   return sum;
 }
 
+// As store, but a whole pack's is said outright: a plain one's first element gets merged with that of the loop for what
+// is no whole pack, and the pack torn apart.
+template <class T, int N>
+__device__ void put(const Pack<T, N>& pack, T* p, int64_t i, int64_t n, bool aligned) {
+  if constexpr (sizeof(pack) == sizeof(uint4)) {
+    if (aligned && i + N <= n) {
+      uint4 words;
+      memcpy(&words, &pack, sizeof(words));
+      __stwb(reinterpret_cast<uint4*>(p + i), words);
+      return;
+    }
+  }
+  store(pack, p, i, n, false);
+}
+
 // Elements begin to end of a row, by a warp; gives what this thread adds to the sum.
 template <class T, int kVec, bool kBackward>
 __device__ float stretch_of(const Weight& w, int64_t row, int64_t begin, int64_t end, const Grid<float>& q,
@@ -82,7 +97,7 @@ __device__ float stretch_of(const Weight& w, int64_t row, int64_t begin, int64_t
       }
       if (i + j < end) sum += term;
     }
-    store(out, static_cast<T*>(w.out) + row, i, end, w.aligned);
+    put(out, static_cast<T*>(w.out) + row, i, end, w.aligned);
   }
   return sum;
 }

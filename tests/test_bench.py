@@ -7,8 +7,10 @@ from torch import nn
 from zsq_ext import bench
 from zsq_ext.bench import families, steps, timing
 from zsq_ext.core.progress import QUIET
+from zsq_ext.ops.cases import adaround as cases_adaround
 from zsq_ext.ops.cases import bn_act as cases_bn_act
 from zsq_ext.ops.cases import fake_quant as cases
+from zsq_ext.ops.cases import qdrop as cases_qdrop
 
 SECONDS = 0.01
 
@@ -20,6 +22,23 @@ def quick(monkeypatch):
     monkeypatch.setattr(timing, "compare", lambda *args, seconds=0.0: compare(*args, seconds=SECONDS))
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(timing, "matmul_rate", lambda device: 1e9)
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """only(table, cases): the suite families has these cases in that table, and none in the others."""
+    tables = {
+        "FAKE_QUANT_BENCH": cases,
+        "BN_ACT_BENCH": cases_bn_act,
+        "ADAROUND_BENCH": cases_adaround,
+        "QDROP_BENCH": cases_qdrop,
+    }
+
+    def keep(table, found):
+        for name, module in tables.items():
+            monkeypatch.setattr(module, name, found if name == table else type(getattr(module, name))())
+
+    return keep
 
 
 class Tiny(nn.Module):
@@ -36,10 +55,9 @@ class Tiny(nn.Module):
         return self.fc((x + self.b_norm(self.b(x))).relu().mean((2, 3)))
 
 
-def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatch):
+def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, only):
     case = next(case for case in cases.FAKE_QUANT_BENCH if case.dtype == torch.float32)
-    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
-    monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", [])
+    only("FAKE_QUANT_BENCH", [case])
     rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
     both = "forward+backward"
     assert [(row["op"], row["pass"]) for row in rows] == [
@@ -56,16 +74,33 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
         assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
 
 
-def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):
+def test_bn_act_is_timed_beside_what_hooks_do(quick, only):
     found = [cases_bn_act.BnActCase("small", (2, 8, 6, 6), residual=True), cases_bn_act.BnActCase("plain", stats=None)]
-    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [])
-    monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", found)
+    only("BN_ACT_BENCH", found)
     rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
     assert [(row["case"], row["pass"]) for row in rows] == [
         (case, pass_) for case in ("small", "plain") for pass_ in ("forward", "forward+backward")
     ]
     sizes = [case.args()["u"].nbytes for case in found]
     assert [row["bytes"] for row in rows] == [3 * sizes[0], 7 * sizes[0], 2 * sizes[1], 5 * sizes[1]]
+    assert all(set(row["peers"]) == {"eager", "clone"} for row in rows)
+
+
+def test_adaround_is_timed_beside_the_published_chain(quick, only):
+    only("ADAROUND_BENCH", {"block": ((8, 4, 3, 3), (8, 1, 3, 3))})
+    rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
+    assert [(row["op"], row["pass"]) for row in rows] == [("adaround", "forward"), ("adaround", "forward+backward")]
+    n = 8 * 4 * 9 + 8 * 9
+    assert [row["bytes"] for row in rows] == [10 * n, 24 * n]
+    assert all(set(row["peers"]) == {"eager"} for row in rows)
+
+
+def test_qdrop_is_timed_beside_where(quick, only):
+    only("QDROP_BENCH", [cases_qdrop.QDropCase("small", layout="channels_last")])
+    rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
+    assert [(row["op"], row["pass"]) for row in rows] == [("qdrop", "forward"), ("qdrop", "forward+backward")]
+    n = 4 * 8 * 6 * 6
+    assert [row["bytes"] for row in rows] == [3 * 4 * n, 6 * 4 * n]
     assert all(set(row["peers"]) == {"eager", "clone"} for row in rows)
 
 

@@ -10,8 +10,10 @@ from torch import nn
 from zsq_ext import bench
 from zsq_ext.bench import compare, families, roofline, steps, timing
 from zsq_ext.core.progress import QUIET
+from zsq_ext.ops.cases import adaround as cases_adaround
 from zsq_ext.ops.cases import bn_act as cases_bn_act
 from zsq_ext.ops.cases import fake_quant as cases
+from zsq_ext.ops.cases import qdrop as cases_qdrop
 
 SECONDS = 0.01
 
@@ -42,8 +44,7 @@ class Tiny(nn.Module):
 def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatch):
     case = next(case for case in cases.FAKE_QUANT_BENCH if case.dtype == torch.float32)
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
-    monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", [])
-    rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
+    rows = [row for row in families.rows(QUIET, only="fake_quant") if row["backend"] == "cpu"]
     both = "forward+backward"
     assert [(row["op"], row["pass"]) for row in rows] == [
         ("fake_quant", "forward"),
@@ -61,14 +62,31 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
 
 def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):
     found = [cases_bn_act.BnActCase("small", (2, 8, 6, 6), residual=True), cases_bn_act.BnActCase("plain", stats=None)]
-    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [])
     monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", found)
-    rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
+    rows = [row for row in families.rows(QUIET, only="bn_act") if row["backend"] == "cpu"]
     assert [(row["case"], row["pass"]) for row in rows] == [
         (case, pass_) for case in ("small", "plain") for pass_ in ("forward", "forward+backward")
     ]
     sizes = [case.args()["u"].nbytes for case in found]
     assert [row["bytes"] for row in rows] == [3 * sizes[0], 7 * sizes[0], 2 * sizes[1], 5 * sizes[1]]
+    assert all(set(row["peers"]) == {"eager", "clone"} for row in rows)
+
+
+def test_adaround_is_timed_beside_the_published_chain(quick, monkeypatch):
+    monkeypatch.setattr(cases_adaround, "ADAROUND_BENCH", {"block": ((8, 4, 3, 3), (8, 1, 3, 3))})
+    rows = [row for row in families.rows(QUIET, only="adaround") if row["backend"] == "cpu"]
+    assert [(row["op"], row["pass"]) for row in rows] == [("adaround", "forward"), ("adaround", "forward+backward")]
+    n = 8 * 4 * 9 + 8 * 9
+    assert [row["bytes"] for row in rows] == [10 * n, 24 * n]
+    assert all(set(row["peers"]) == {"eager"} for row in rows)
+
+
+def test_qdrop_is_timed_beside_where(quick, monkeypatch):
+    monkeypatch.setattr(cases_qdrop, "QDROP_BENCH", [cases_qdrop.QDropCase("small", layout="channels_last")])
+    rows = [row for row in families.rows(QUIET, only="qdrop") if row["backend"] == "cpu"]
+    assert [(row["op"], row["pass"]) for row in rows] == [("qdrop", "forward"), ("qdrop", "forward+backward")]
+    n = 4 * 8 * 6 * 6
+    assert [row["bytes"] for row in rows] == [3 * 4 * n, 6 * 4 * n]
     assert all(set(row["peers"]) == {"eager", "clone"} for row in rows)
 
 

@@ -4,12 +4,17 @@ from typing import Any
 
 import torch
 
-from zsq_ext.bench import bn_act, fake_quant
+from zsq_ext.bench import adaround, bn_act, fake_quant, qdrop
 from zsq_ext.bench.subject import Subject, measured
 from zsq_ext.core.progress import Progress
 
 # family -> from a device to its subjects
-FAMILIES = {"fake_quant": fake_quant.subjects, "bn_act": bn_act.subjects}
+FAMILIES = {
+    "fake_quant": fake_quant.subjects,
+    "adaround": adaround.subjects,
+    "qdrop": qdrop.subjects,
+    "bn_act": bn_act.subjects,
+}
 
 
 def rows(progress: Progress, *, only: str | None = None, inductor: bool = False) -> list[dict[str, Any]]:

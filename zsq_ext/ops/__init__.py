@@ -1,6 +1,17 @@
 """The ops: fast, bit-exact across backends, and usable alone under autograd, compile and export."""
 
+from zsq_ext.ops.adaround import adaround, adaround_many, adaround_start
 from zsq_ext.ops.bn_act import bn_act, channel_sums, statistics_of
 from zsq_ext.ops.fake_quant import fake_quant
+from zsq_ext.ops.qdrop import qdrop
 
-__all__ = ["bn_act", "channel_sums", "fake_quant", "statistics_of"]
+__all__ = [
+    "adaround",
+    "adaround_many",
+    "adaround_start",
+    "bn_act",
+    "channel_sums",
+    "fake_quant",
+    "qdrop",
+    "statistics_of",
+]

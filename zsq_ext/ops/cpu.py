@@ -28,6 +28,8 @@ class _Call:
 
 _call = _Call()
 
+adaround = partial(native.adaround, _call)
+adaround_backward = partial(native.adaround_backward, _call)
 fake_quant = partial(native.fake_quant, _call)
 fake_quant_backward = partial(native.fake_quant_backward, _call)
 fake_quant_lsq_backward = partial(native.fake_quant_lsq_backward, _call)
@@ -35,3 +37,5 @@ bn_act = partial(native.bn_act, _call)
 bn_act_backward = partial(native.bn_act_backward, _call)
 channel_sums = partial(native.channel_sums, _call)
 channel_sums_backward = partial(native.channel_sums_backward, _call)
+qdrop = partial(native.qdrop, _call)
+qdrop_backward = partial(native.qdrop_backward, _call)

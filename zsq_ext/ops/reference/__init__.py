@@ -6,10 +6,14 @@ argument order, and give the same bits.
 
 import torch
 
+from zsq_ext.ops.reference.adaround import adaround, adaround_backward
 from zsq_ext.ops.reference.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
 from zsq_ext.ops.reference.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
+from zsq_ext.ops.reference.qdrop import qdrop, qdrop_backward
 
 __all__ = [
+    "adaround",
+    "adaround_backward",
     "bn_act",
     "bn_act_backward",
     "channel_sums",
@@ -18,6 +22,8 @@ __all__ = [
     "fake_quant_backward",
     "fake_quant_lsq_backward",
     "missing",
+    "qdrop",
+    "qdrop_backward",
     "refuses",
 ]
 

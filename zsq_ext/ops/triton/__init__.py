@@ -5,10 +5,14 @@ import os
 
 import torch
 
+from zsq_ext.ops.triton.adaround import adaround, adaround_backward
 from zsq_ext.ops.triton.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
 from zsq_ext.ops.triton.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
+from zsq_ext.ops.triton.qdrop import qdrop, qdrop_backward
 
 __all__ = [
+    "adaround",
+    "adaround_backward",
     "bn_act",
     "bn_act_backward",
     "channel_sums",
@@ -17,6 +21,8 @@ __all__ = [
     "fake_quant_backward",
     "fake_quant_lsq_backward",
     "missing",
+    "qdrop",
+    "qdrop_backward",
     "refuses",
 ]
 

@@ -2,6 +2,7 @@
 #include "csrc/bind.h"
 #include "csrc/cpu/bn_act.h"
 #include "csrc/cpu/fake_quant.h"
+#include "csrc/cpu/image.h"
 #include "csrc/cpu/simd.h"
 
 #ifdef ZSQ_WITH_CUDA
@@ -42,6 +43,8 @@ PYBIND11_MODULE(_C, m) {
   zsq::def_cpu(m, "cpu_fake_quant_lsq_backward", &zsq::fake_quant_lsq_backward);
   zsq::def_cpu(m, "cpu_bn_act", &zsq::bn_act);
   zsq::def_cpu(m, "cpu_bn_act_backward", &zsq::bn_act_backward);
+  zsq::def_cpu(m, "cpu_view_images", &zsq::view_images);
+  zsq::def_cpu(m, "cpu_resize_crops", &zsq::resize_crops);
 
 #ifdef ZSQ_WITH_CUDA
   m.attr("cuda_archs") = ZSQ_CUDA_ARCHS;

@@ -2,5 +2,6 @@
 
 from zsq_ext.ops.bn_act import bn_act, channel_sums, statistics_of
 from zsq_ext.ops.fake_quant import fake_quant
+from zsq_ext.ops.image import resize_crops, view_images
 
-__all__ = ["bn_act", "channel_sums", "fake_quant", "statistics_of"]
+__all__ = ["bn_act", "channel_sums", "fake_quant", "resize_crops", "statistics_of", "view_images"]

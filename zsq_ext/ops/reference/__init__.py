@@ -8,6 +8,7 @@ import torch
 
 from zsq_ext.ops.reference.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
 from zsq_ext.ops.reference.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
+from zsq_ext.ops.reference.image import resize_crops, resize_crops_backward, view_images, view_images_backward
 
 __all__ = [
     "bn_act",
@@ -19,6 +20,10 @@ __all__ = [
     "fake_quant_lsq_backward",
     "missing",
     "refuses",
+    "resize_crops",
+    "resize_crops_backward",
+    "view_images",
+    "view_images_backward",
 ]
 
 

@@ -10,6 +10,7 @@
 
 #include "kernels/bn_act.cuh"
 #include "kernels/fake_quant.cuh"
+#include "kernels/image.cuh"
 
 namespace {
 
@@ -56,6 +57,8 @@ PYBIND11_MODULE(_C, m) {
   def_workspace(m, "cuda_bn_act_workspace", &zsq::cuda_bn_act_workspace);
   def_cuda(m, "cuda_bn_act_backward", &zsq::cuda_bn_act_backward);
   def_workspace(m, "cuda_bn_act_backward_workspace", &zsq::cuda_bn_act_backward_workspace);
+  def_cuda(m, "cuda_view_images", &zsq::cuda_view_images);
+  def_cuda(m, "cuda_resize_crops", &zsq::cuda_resize_crops);
 #else
   m.attr("cuda_archs") = "";
 #endif

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from zsq_ext import bench
-from zsq_ext.bench import families, steps, timing
+from zsq_ext.bench import families, image, steps, timing
 from zsq_ext.core.progress import QUIET
 from zsq_ext.ops.cases import bn_act as cases_bn_act
 from zsq_ext.ops.cases import fake_quant as cases
+from zsq_ext.ops.cases import image as cases_image
 
 SECONDS = 0.01
 
@@ -20,6 +21,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(timing, "compare", lambda *args, seconds=0.0: compare(*args, seconds=SECONDS))
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(timing, "matmul_rate", lambda device: 1e9)
+
+
+@pytest.fixture
+def no_images(monkeypatch):
+    for table in ("VIEW_BENCH", "CROP_BENCH"):
+        monkeypatch.setattr(cases_image, table, [])
+    monkeypatch.setattr(image, "LOW_PASS", [])
 
 
 class Tiny(nn.Module):
@@ -36,7 +44,7 @@ class Tiny(nn.Module):
         return self.fc((x + self.b_norm(self.b(x))).relu().mean((2, 3)))
 
 
-def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatch):
+def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, no_images, monkeypatch):
     case = next(case for case in cases.FAKE_QUANT_BENCH if case.dtype == torch.float32)
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
     monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", [])
@@ -56,7 +64,7 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
         assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
 
 
-def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):
+def test_bn_act_is_timed_beside_what_hooks_do(quick, no_images, monkeypatch):
     found = [cases_bn_act.BnActCase("small", (2, 8, 6, 6), residual=True), cases_bn_act.BnActCase("plain", stats=None)]
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [])
     monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", found)
@@ -67,6 +75,24 @@ def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):
     sizes = [case.args()["u"].nbytes for case in found]
     assert [row["bytes"] for row in rows] == [3 * sizes[0], 7 * sizes[0], 2 * sizes[1], 5 * sizes[1]]
     assert all(set(row["peers"]) == {"eager", "clone"} for row in rows)
+
+
+def test_images_are_timed_beside_what_is_written_without_the_ops(quick, monkeypatch):
+    view = cases_image.ViewCase("view", (2, 3, 12, 12), (8, 8))
+    crop = cases_image.CropCase("crop", (2, 3, 12, 12), (8, 8))
+    monkeypatch.setattr(cases_image, "VIEW_BENCH", [view])
+    monkeypatch.setattr(cases_image, "CROP_BENCH", [crop])
+    monkeypatch.setattr(image, "LOW_PASS", [((2, 3, 16, 12), 4.0)])
+    rows = [row for row in image.rows(QUIET) if row["backend"] in ("cpu", "torch")]
+    both = "forward+backward"
+    assert [(row["op"], row["pass"]) for row in rows] == [
+        *((op, pass_) for op in ("view_images", "resize_crops") for pass_ in ("forward", both)),
+        ("low_pass", "forward"),
+    ]
+    x, y, args = 4 * 2 * 3 * 144, 4 * 2 * 3 * 64, crop.args()
+    seen = 4 * 3 * int((args["height"] * args["width"]).sum())
+    assert [row["bytes"] for row in rows[:4]] == [2 * y, 3 * y + x, seen + y, seen + 2 * y + x]
+    assert [set(row["peers"]) for row in rows] == [{"eager"}] * 2 + [{"matmul", "loop"}] * 2 + [{"rfft2"}]
 
 
 def test_what_is_wrong_is_not_timed():

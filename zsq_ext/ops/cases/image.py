@@ -149,10 +149,10 @@ VIEW = (
 
 CROP = (
     *(CropCase(name, **options) for name, options in _COMMON.items()),
-    CropCase("larger", size=(30, 50)),
-    CropCase("larger_channels_last", size=(30, 50), layout="channels_last"),
+    CropCase("larger", size=(16, 26)),
+    CropCase("larger_channels_last", size=(16, 26), layout="channels_last"),
     CropCase("smaller", size=(3, 4)),
-    CropCase("mixed", size=(3, 50)),
+    CropCase("mixed", size=(3, 26)),
     CropCase("full", size=(13, 21), crops="full"),
     CropCase("full_nan_inf", size=(13, 21), crops="full", values="special"),
     CropCase("pixel", crops="pixel"),

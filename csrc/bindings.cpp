@@ -4,6 +4,7 @@
 #include "csrc/cpu/bn_act.h"
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/qdrop.h"
+#include "csrc/cpu/image.h"
 #include "csrc/cpu/simd.h"
 
 #ifdef ZSQ_WITH_CUDA
@@ -13,6 +14,7 @@
 #include "kernels/bn_act.cuh"
 #include "kernels/fake_quant.cuh"
 #include "kernels/qdrop.cuh"
+#include "kernels/image.cuh"
 
 namespace {
 
@@ -53,6 +55,8 @@ PYBIND11_MODULE(_C, m) {
     const zsq::Words w = zsq::philox(counter, upper, key);
     return pybind11::make_tuple(w.word[0], w.word[1], w.word[2], w.word[3]);
   });
+  zsq::def_cpu(m, "cpu_view_images", &zsq::view_images);
+  zsq::def_cpu(m, "cpu_resize_crops", &zsq::resize_crops);
 
 #ifdef ZSQ_WITH_CUDA
   m.attr("cuda_archs") = ZSQ_CUDA_ARCHS;
@@ -67,6 +71,8 @@ PYBIND11_MODULE(_C, m) {
   def_cuda(m, "cuda_bn_act_backward", &zsq::cuda_bn_act_backward);
   def_workspace(m, "cuda_bn_act_backward_workspace", &zsq::cuda_bn_act_backward_workspace);
   def_cuda(m, "cuda_qdrop", &zsq::cuda_qdrop);
+  def_cuda(m, "cuda_view_images", &zsq::cuda_view_images);
+  def_cuda(m, "cuda_resize_crops", &zsq::cuda_resize_crops);
 #else
   m.attr("cuda_archs") = "";
 #endif

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from zsq_ext import bench
-from zsq_ext.bench import compare, families, roofline, steps, timing
+from zsq_ext.bench import compare, families, image, roofline, steps, timing
 from zsq_ext.core.progress import QUIET
 from zsq_ext.ops.cases import adaround as cases_adaround
 from zsq_ext.ops.cases import bn_act as cases_bn_act
 from zsq_ext.ops.cases import fake_quant as cases
+from zsq_ext.ops.cases import image as cases_image
 from zsq_ext.ops.cases import qdrop as cases_qdrop
 
 SECONDS = 0.01
@@ -88,6 +89,24 @@ def test_qdrop_is_timed_beside_where(quick, monkeypatch):
     n = 4 * 8 * 6 * 6
     assert [row["bytes"] for row in rows] == [3 * 4 * n, 6 * 4 * n]
     assert all(set(row["peers"]) == {"eager", "clone"} for row in rows)
+
+
+def test_images_are_timed_beside_what_is_written_without_the_ops(quick, monkeypatch):
+    view = cases_image.ViewCase("view", (2, 3, 12, 12), (8, 8))
+    crop = cases_image.CropCase("crop", (2, 3, 12, 12), (8, 8))
+    monkeypatch.setattr(cases_image, "VIEW_BENCH", [view])
+    monkeypatch.setattr(cases_image, "CROP_BENCH", [crop])
+    monkeypatch.setattr(image, "LOW_PASS", [((2, 3, 16, 12), 4.0)])
+    rows = [row for row in families.rows(QUIET, only="image") if row["backend"] in ("cpu", "torch")]
+    both = "forward+backward"
+    assert [(row["op"], row["pass"]) for row in rows] == [
+        *((op, pass_) for op in ("view_images", "resize_crops") for pass_ in ("forward", both)),
+        ("low_pass", "forward"),
+    ]
+    x, y, args = 4 * 2 * 3 * 144, 4 * 2 * 3 * 64, crop.args()
+    seen = 4 * 3 * int((args["height"] * args["width"]).sum())
+    assert [row["bytes"] for row in rows[:4]] == [2 * y, 3 * y + x, seen + y, seen + 2 * y + x]
+    assert [set(row["peers"]) for row in rows] == [{"eager"}] * 2 + [{"matmul", "loop"}] * 2 + [{"rfft2"}]
 
 
 def test_what_is_wrong_is_not_timed():

@@ -167,3 +167,22 @@ def test_qdrop_multiplies_wide_and_shares_draws(kernels):
         products = [name for name in names if name.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32"))]
         assert len(products) >= 20 * draws, (key, names)
         assert len(products) < 20 * draws + 20, key
+
+
+IMAGE = ("view_images_kernel", "resize_crops_kernel", "resize_crops_backward_kernel")
+
+
+@pytest.mark.parametrize("name", IMAGE)
+def test_image_ops_gather_and_round_once_per_operation(kernels, name):
+    found = family(kernels, name)
+    assert len({key for _, key in found}) == 3, "three dtypes"
+    for key, names in found.items():
+        assert not [n for n in names if n.startswith(("ATOM", "RED"))], key
+        # The last sum is of products that stand alone: contracted, it would be an FFMA and FMULs would be few. A
+        # division has FFMAs of its own.
+        assert "FMUL" in names, key
+        assert "FADD" in names, key
+        if "view" in name:
+            assert "FFMA" not in names, key
+        else:
+            assert "FCHK" in names, key

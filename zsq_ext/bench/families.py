@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from zsq_ext.bench import adaround, bn_act, fake_quant, qdrop
+from zsq_ext.bench import adaround, bn_act, fake_quant, image, qdrop
 from zsq_ext.bench.subject import Subject, measured
 from zsq_ext.core.progress import Progress
 
@@ -14,6 +14,7 @@ FAMILIES = {
     "adaround": adaround.subjects,
     "qdrop": qdrop.subjects,
     "bn_act": bn_act.subjects,
+    "image": image.subjects,
 }
 
 

@@ -23,7 +23,8 @@ class Subject:
         expected: what it must give.
         peers: what others do, by name. "eager" is also what ``--inductor`` compiles.
         tolerance: of ``ours`` against ``expected``, see ``timing.assert_equal``.
-        runs: the registered op that a backend must have.
+        runs: the registered op that a backend must have; None for what torch runs itself, one row of backend "torch".
+        products: the operations are a matrix product's, so its rate bounds them too.
     """
 
     op: str
@@ -38,11 +39,12 @@ class Subject:
     expected: Callable[..., Tensor]
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     tolerance: float = 0.0
-    runs: str = ""
+    runs: str | None = ""
+    products: bool = False
 
 
 def measured(subject: Subject, inductor: bool = False) -> list[dict[str, Any]]:
-    """One row for every backend but the reference.
+    """One row for every backend that runs it here but the reference.
 
     Raises:
         RuntimeError: a backend gives something else than expected.
@@ -51,8 +53,8 @@ def measured(subject: Subject, inductor: bool = False) -> list[dict[str, Any]]:
     peers = dict(subject.peers)
     if inductor and "eager" in peers:
         peers["inductor"] = torch.compile(peers["eager"], dynamic=False)
-    ours: dict[str, Callable[..., Tensor]] = {}
-    for name in backend.NAMES:
+    ours: dict[str, Callable[..., Tensor]] = {} if subject.runs is not None else {"torch": subject.ours}
+    for name in backend.NAMES if subject.runs is not None else ():
         interpreted = name == "triton" and subject.device == "cpu"
         reason = backend.reason_against(name, subject.runs or subject.op, subject.device, subject.dtype)
         if name != "reference" and not interpreted and reason is None:
@@ -73,6 +75,7 @@ def measured(subject: Subject, inductor: bool = False) -> list[dict[str, Any]]:
             timing=times[name],
             bytes_=subject.bytes_,
             flops=subject.flops,
+            flops_per_second=timing.matmul_rate(subject.device) if subject.products else None,
             peers={peer: times[peer] for peer in peers},
             peak=timing.peak_mb(lambda function=function: function(*inputs[0]), subject.device),  # type: ignore[misc]
         )

@@ -3,6 +3,7 @@
 from zsq_ext.ops.adaround import adaround, adaround_many, adaround_start
 from zsq_ext.ops.bn_act import bn_act, channel_sums, statistics_of
 from zsq_ext.ops.fake_quant import fake_quant
+from zsq_ext.ops.image import resize_crops, view_images
 from zsq_ext.ops.qdrop import qdrop
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "channel_sums",
     "fake_quant",
     "qdrop",
+    "resize_crops",
     "statistics_of",
+    "view_images",
 ]

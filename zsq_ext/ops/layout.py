@@ -1,6 +1,7 @@
 """How a tensor is handed to code that knows only pointers: dense memory, seen as [outer, channels, inner]."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,10 +49,11 @@ def arranged(t: Tensor, last: bool) -> Tensor:
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if last else t.contiguous()
 
 
-def empty_arranged(u: Tensor, last: bool) -> Tensor:
-    """Memory for a tensor of u's shape and dtype in the order of `arranged`."""
+def empty_arranged(u: Tensor, last: bool, size: Sequence[int] | None = None) -> Tensor:
+    """Memory for a tensor of u's shape, or (N, C, *size), and of its dtype in the order of `arranged`."""
     order = (0, *range(2, u.dim()), 1) if last else tuple(range(u.dim()))
-    return torch.empty_permuted(u.shape, order, dtype=u.dtype, device=u.device)
+    shape = u.shape if size is None else (*u.shape[:2], *size)
+    return torch.empty_permuted(shape, order, dtype=u.dtype, device=u.device)
 
 
 def rows_of(u: Tensor) -> tuple[int, int]:

@@ -8,6 +8,7 @@ have each for themselves: `call(op, *fields)` runs an op of the native module on
 from zsq_ext.ops.native.adaround import adaround, adaround_backward
 from zsq_ext.ops.native.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
 from zsq_ext.ops.native.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
+from zsq_ext.ops.native.image import resize_crops, resize_crops_backward, view_images, view_images_backward
 from zsq_ext.ops.native.qdrop import qdrop, qdrop_backward
 
 __all__ = [
@@ -24,6 +25,10 @@ __all__ = [
     "problem",
     "qdrop",
     "qdrop_backward",
+    "resize_crops",
+    "resize_crops_backward",
+    "view_images",
+    "view_images_backward",
 ]
 
 problem: str | None = None

@@ -9,6 +9,7 @@ import torch
 from zsq_ext.ops.reference.adaround import adaround, adaround_backward
 from zsq_ext.ops.reference.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
 from zsq_ext.ops.reference.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
+from zsq_ext.ops.reference.image import resize_crops, resize_crops_backward, view_images, view_images_backward
 from zsq_ext.ops.reference.qdrop import qdrop, qdrop_backward
 
 __all__ = [
@@ -25,6 +26,10 @@ __all__ = [
     "qdrop",
     "qdrop_backward",
     "refuses",
+    "resize_crops",
+    "resize_crops_backward",
+    "view_images",
+    "view_images_backward",
 ]
 
 

@@ -3,6 +3,13 @@
 No two libraries share an exponential, so h is compared within a tolerance; everything behind it is computed here again,
 in numpy, from the h that a backend itself gives, and compared bit for bit (w_hat) or within what the formula's own
 roundings allow (v's gradient, the sums).
+
+Broken on purpose on the CPU, each seen red: NaN turned into a bound (nan_inf), the gradient let through outside the
+range (conv) and where h is clamped (conv), the tail's lanes lost (documented example), the last piece lost (pieces),
+the regulariser's sign (conv), dscale from codes not clamped (conv), v = 0 rounded down (documented example), a
+reciprocal estimated instead of a division (the start), one coefficient of the exponential off in its fifth digit and
+a gradient sent at |2h - 1| = 0 (both: scalar path beside AVX2), the logarithm's correction left out (conv), the first
+channel's grid for all (the published composite), the base's sign lost (the start).
 """
 
 import math
@@ -78,6 +85,7 @@ class Formula:
         self.others = tuple(dim for dim in range(v.dim()) if scale.numel() == 1 or dim != axis)
         self.shape = scale.shape
         self.h = h.cpu().numpy()
+        self.stretched = 1.2 * torch.sigmoid(v.detach().cpu().double()).numpy() - 0.1
         self.s = scale.cpu().reshape(shape).numpy()
         self.z = zero_point.cpu().reshape(shape).numpy().astype(self.s.dtype)
         self.code = np.add(base.cpu().numpy().astype(self.s.dtype), self.h)
@@ -107,7 +115,7 @@ class Formula:
         return torch.tensor(terms.sum()), slack
 
     def backward(self, grad, grad_reg):
-        """((dv, slack), (dscale, slack)). Where h is 0 or 1 its clamp may have begun or not: either is right."""
+        """((dv, slack), (dscale, slack)). Next to where the clamp of h begins it may have begun or not."""
         g, h, u = grad.cpu().double().numpy(), self.h.astype(np.float64), self.u
         s = (h + 0.1) / 1.2
         slope = 1.2 * s * (1 - s)
@@ -121,8 +129,10 @@ class Formula:
         dv = dh * slope
         # s is read back from h, in which its last places are lost
         slack = off * slope + np.abs(dh) * 8 * u + 2 * u * np.abs(dv)
-        edge = (h == 0) | (h == 1)
-        dv, slack = np.where(edge, 0, dv), np.where(edge, np.abs(dv) + slack, slack)
+        clamped = (h == 0) | (h == 1)
+        near = np.abs(np.abs(self.stretched - 0.5) - 0.5) < 8 * u
+        slack = np.where(clamped, np.where(near, np.abs(dv) + slack, 0), slack)
+        dv = np.where(clamped, 0, dv)
         slack = slack + np.abs(dv) * unit_of(self.dtype) * 2 + torch.finfo(self.dtype).tiny
         dv = np.where(np.isnan(h), 0, dv)
         terms = g * (self.clamped.astype(np.float64) - self.z)

@@ -1,4 +1,10 @@
-"""qdrop: what it draws, that every backend draws the same, and how it behaves under torch's machinery."""
+"""qdrop: what it draws, that every backend draws the same, and how it behaves under torch's machinery.
+
+Broken on purpose on the CPU, each seen red: nine rounds (plain), a draw equal to the probability kept (exactly at a
+draw), the upper half of key or offset ignored (negative_key), blocks of eight not put back in order (plain), the
+place in memory taken for the place in the shape (threads_channels_last), one word for all where a map is of odd size
+(channels_last_odd), the gradient not masked (plain), the scalar path's words in the wrong order (documented example).
+"""
 
 import importlib.util
 
@@ -138,6 +144,23 @@ def test_keys_and_offsets_draw_apart():
     drawn = torch.stack([qdrop(torch.ones(n), torch.zeros(n), 0.5, torch.tensor(k)) for k in ((0, 0), (0, 1), (1, 0))])
     together = torch.corrcoef(drawn)[[0, 0, 1], [1, 2, 2]]
     assert (together.abs() < 5 / n**0.5).all()
+
+
+@pytest.mark.parametrize("simd", [True, False])
+@pytest.mark.parametrize("last", [False, True])
+def test_exactly_at_a_draw(fast, simd, last):
+    name, device = fast
+    native = pytest.importorskip("zsq_ext._C")
+    one, key = torch.ones(2, 12, 4, 2, device=device), torch.tensor([42, 7], device=device)
+    one = one.to(memory_format=torch.channels_last) if last else one
+    before = native.set_simd(simd)
+    try:
+        with backend.backend(name):
+            for i, draw in enumerate(python_draws(8, 42, 7).tolist()):
+                kept = [qdrop(one, 0 * one, p / 2**24, key).flatten()[i].item() for p in (draw, draw + 1)]
+                assert kept == [0, 1]
+    finally:
+        native.set_simd(before)
 
 
 # parity

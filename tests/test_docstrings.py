@@ -1,4 +1,4 @@
-"""Every example in a docstring of the lower floors runs and prints what it says."""
+"""Every example in a docstring of the lower floors, and on the page of the ops, runs and prints what it says."""
 
 import doctest
 import importlib
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from zsq_ext import ops
 
 PACKAGE = Path(__file__).parents[1] / "zsq_ext"
 ROOMS = ("core", "ops", "quant", "synth", "tune", "zoo")
@@ -23,6 +25,15 @@ def test_examples(name):
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_the_page_of_the_ops():
+    page = PACKAGE / "ops" / "README.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted > 20
+    assert result.failed == 0
+    missing = [name for name in ops.__all__ if f"`{name}`" not in page.read_text()]
+    assert not missing, "every op stands in the table"
 
 
 def test_there_are_examples():

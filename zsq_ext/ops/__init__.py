@@ -1,6 +1,18 @@
 """The ops: fast, bit-exact across backends, and usable alone under autograd, compile and export."""
 
 from zsq_ext.ops.bn_act import bn_act, channel_sums, statistics_of
+from zsq_ext.ops.channel_range import channel_range
 from zsq_ext.ops.fake_quant import fake_quant
+from zsq_ext.ops.fake_quant_codes import dequantize, quantize
+from zsq_ext.ops.fake_quant_minmax import fake_quant_minmax
 
-__all__ = ["bn_act", "channel_sums", "fake_quant", "statistics_of"]
+__all__ = [
+    "bn_act",
+    "channel_range",
+    "channel_sums",
+    "dequantize",
+    "fake_quant",
+    "fake_quant_minmax",
+    "quantize",
+    "statistics_of",
+]

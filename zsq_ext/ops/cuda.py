@@ -42,16 +42,22 @@ _call = _Call()
 
 
 def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
-    def run(first: Tensor, *rest: Any) -> Any:
-        with torch.cuda.device_of(first):
+    def run(first: Tensor | list[Tensor], *rest: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
             return op(_call, first, *rest)
 
     return run
 
 
 fake_quant = _on_its_device(native.fake_quant)
+fake_quant_out = _on_its_device(native.fake_quant_out)
 fake_quant_backward = _on_its_device(native.fake_quant_backward)
 fake_quant_lsq_backward = _on_its_device(native.fake_quant_lsq_backward)
+quantize = _on_its_device(native.quantize)
+dequantize = _on_its_device(native.dequantize)
+fake_quant_minmax = _on_its_device(native.fake_quant_minmax)
+fake_quant_minmax_out = _on_its_device(native.fake_quant_minmax_out)
+channel_range = _on_its_device(native.channel_range)
 bn_act = _on_its_device(native.bn_act)
 bn_act_backward = _on_its_device(native.bn_act_backward)
 channel_sums = _on_its_device(native.channel_sums)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from zsq_ext.core.check import require
 from zsq_ext.core.steps import Terms
 from zsq_ext.quant.graph import attribute, with_taps
+from zsq_ext.quant.prepare import weights_together
 from zsq_ext.quant.structure import ClassifierTail, cam_layer, classifier_tail, feature_maps
 from zsq_ext.tune.cam import ALPHA_FLOOR, autograd_alpha, bn_slope, cam_classes, cam_loss, closed_form_alpha
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, Perturb, SoftLabels
@@ -166,7 +167,7 @@ class _Network:
         if cam:
             self._tail = classifier_tail(module)
             self._cam = _cam_nodes(module, self._tail)
-        self._tapped = with_taps(module, [*self._features, *self._cam.values()])
+        self._tapped = with_taps(weights_together(module), [*self._features, *self._cam.values()])
 
     def run(self, images: Tensor, with_grad: bool = False, maps: bool = False) -> _Seen:
         """One forward.

@@ -9,6 +9,7 @@ from zsq_ext.bench import families, steps, timing
 from zsq_ext.core.progress import QUIET
 from zsq_ext.ops.cases import bn_act as cases_bn_act
 from zsq_ext.ops.cases import fake_quant as cases
+from zsq_ext.ops.cases import fake_quant_minmax as cases_minmax
 
 SECONDS = 0.01
 
@@ -40,15 +41,22 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
     case = next(case for case in cases.FAKE_QUANT_BENCH if case.dtype == torch.float32)
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
     monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", [])
+    monkeypatch.setattr(cases_minmax, "FAKE_QUANT_MINMAX_BENCH", [])
     rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
     both = "forward+backward"
+    *codes, ranges = rows[4:]
+    rows = rows[:4]
     assert [(row["op"], row["pass"]) for row in rows] == [
         ("fake_quant", "forward"),
+        ("fake_quant", "out"),
         ("fake_quant", both),
         ("fake_quant_lsq", both),
     ]
+    assert [row["op"] for row in codes] == ["quantize", "dequantize"]
+    assert all(row["bytes"] == case.args("cpu")[0].nbytes * 5 / 4 for row in codes)  # a code is a byte
+    assert (ranges["op"], ranges["bytes"], set(ranges["peers"])) == ("channel_range", 512 * 4608 * 4, {"aten"})
     x = case.args("cpu")[0]
-    for row, factor in zip(rows, (2, 5, 5), strict=True):
+    for row, factor in zip(rows, (2, 2, 5, 5), strict=True):
         assert row["bytes"] == factor * x.nbytes
         assert row["floor_ms"] == pytest.approx(row["bytes"] / 1e9 * 1e3)
         assert row["pct_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["ms"])
@@ -60,6 +68,7 @@ def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):
     found = [cases_bn_act.BnActCase("small", (2, 8, 6, 6), residual=True), cases_bn_act.BnActCase("plain", stats=None)]
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [])
     monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", found)
+    monkeypatch.setattr(cases_minmax, "FAKE_QUANT_MINMAX_BENCH", [])
     rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
     assert [(row["case"], row["pass"]) for row in rows] == [
         (case, pass_) for case in ("small", "plain") for pass_ in ("forward", "forward+backward")
@@ -67,6 +76,21 @@ def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):
     sizes = [case.args()["u"].nbytes for case in found]
     assert [row["bytes"] for row in rows] == [3 * sizes[0], 7 * sizes[0], 2 * sizes[1], 5 * sizes[1]]
     assert all(set(row["peers"]) == {"eager", "clone"} for row in rows)
+
+
+def test_minmax_is_timed_beside_one_weight_after_the_other(quick, monkeypatch):
+    case = cases_minmax.MinMaxCase("small")
+    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [])
+    monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", [])
+    monkeypatch.setattr(cases_minmax, "FAKE_QUANT_MINMAX_BENCH", [case])
+    rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
+    assert [(row["op"], row["case"], row["pass"]) for row in rows] == [
+        ("fake_quant_minmax", "small", "fresh"),
+        ("fake_quant_minmax", "small", "out"),
+    ]
+    for row in rows:
+        assert row["bytes"] == 2 * sum(t.nbytes for t in case.args()[0])
+        assert set(row["peers"]) == {"eager", "one by one", "clone"}
 
 
 def test_what_is_wrong_is_not_timed():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsq_ext.bench import bn_act, timing
+from zsq_ext.bench import bn_act, codes_and_ranges, fake_quant_minmax, timing
 from zsq_ext.core.progress import Progress
 from zsq_ext.ops import backend, fake_quant, reference
 from zsq_ext.ops.cases import fake_quant as cases
@@ -27,13 +27,14 @@ def rows(progress: Progress) -> list[dict[str, Any]]:
         for op, case, device, pass_ in jobs:
             found += _fake_quant_rows(op, case, device, pass_)
             stage.advance(note=case.name)
-    return found + bn_act.rows(progress)
+    return found + codes_and_ranges.rows(progress) + fake_quant_minmax.rows(progress) + bn_act.rows(progress)
 
 
-# op -> pass -> bytes moved per byte of x: x in, x_hat out; then grad and x in, and the gradient out
-_PASSES = {"fake_quant": {"forward": 2, "forward+backward": 5}, "fake_quant_lsq": {"forward+backward": 5}}
+# op -> pass -> bytes moved per byte of x: x in, x_hat out; then grad and x in, and the gradient out. "out" is the
+# forward into memory that is there; its peers make their own.
+_PASSES = {"fake_quant": {"forward": 2, "out": 2, "forward+backward": 5}, "fake_quant_lsq": {"forward+backward": 5}}
 # op -> pass -> operations per element
-_FLOPS = {"fake_quant": {"forward": 6, "forward+backward": 10}, "fake_quant_lsq": {"forward+backward": 20}}
+_FLOPS = {"fake_quant": {"forward": 6, "out": 6, "forward+backward": 10}, "fake_quant_lsq": {"forward+backward": 20}}
 
 
 def _fake_quant_rows(op: str, case: cases.FakeQuantCase, device: str, pass_: str) -> list[dict[str, Any]]:
@@ -49,11 +50,12 @@ def _fake_quant_rows(op: str, case: cases.FakeQuantCase, device: str, pass_: str
         if name == "reference" or interpreted or backend.reason_against(name, "fake_quant", device, case.dtype):
             continue
         ours[name] = timing.forced(name, _pass(public, pass_, lsq))
-    peers = {name: _pass(function, pass_, lsq) for name, function in _peers(case, lsq).items()}
+    theirs = "forward" if pass_ == "out" else pass_
+    peers = {name: _pass(_by_rows(function), theirs, lsq) for name, function in _peers(case, lsq).items()}
 
     # The reference's forward is plain PyTorch, but its gradient needs the straight-through estimator written out.
     expected = reference.fake_quant(*inputs[0][1:])
-    if pass_ != "forward":
+    if pass_ == "forward+backward":
         expected = reference.fake_quant_backward(*inputs[0])
     for name, function in ours.items():
         timing.assert_equal(f"{op} on {name}, {case.name}, {pass_}", function(*inputs[0]), expected)
@@ -78,7 +80,12 @@ def _fake_quant_rows(op: str, case: cases.FakeQuantCase, device: str, pass_: str
 
 
 def _pass(function: Callable[..., Tensor], pass_: str, lsq: bool) -> Callable[..., Tensor]:
-    """function(x, *grid), or x's gradient (under lsq also scale's) through it, as a function of (grad, x, *grid)."""
+    """function(x, *grid), or x's gradient (under lsq also scale's) through it, as a function of (grad, x, *grid).
+
+    Under "out" what was grad is the memory to write to.
+    """
+    if pass_ == "out":
+        return lambda out, x, *grid: function(x, *grid, out=out)
     if pass_ == "forward":
         return lambda grad, x, *grid: function(x, *grid)
 
@@ -97,6 +104,18 @@ def _peers(case: cases.FakeQuantCase, lsq: bool) -> dict[str, Callable[..., Tens
     if case.dtype == torch.float32:  # ATen's ops on 16-bit types give other codes
         peers["aten"] = _aten_lsq if lsq else _aten
     return peers
+
+
+def _by_rows(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A peer that knows channels, given groups: each is a row."""
+
+    def run(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+        if scale.dim() == 1:
+            return function(x, scale, zero_point, qmin, qmax, axis)
+        rows = x.reshape(scale.numel(), -1)
+        return function(rows, scale.flatten(), zero_point.flatten(), qmin, qmax, 0).reshape(x.shape)
+
+    return run
 
 
 def _eager(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:

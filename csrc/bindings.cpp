@@ -2,6 +2,7 @@
 #include "csrc/bind.h"
 #include "csrc/cpu/adaround.h"
 #include "csrc/cpu/bn_act.h"
+#include "csrc/cpu/channel_range.h"
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/qdrop.h"
 #include "csrc/cpu/image.h"
@@ -12,6 +13,7 @@
 
 #include "kernels/adaround.cuh"
 #include "kernels/bn_act.cuh"
+#include "kernels/channel_range.cuh"
 #include "kernels/fake_quant.cuh"
 #include "kernels/qdrop.cuh"
 #include "kernels/image.cuh"
@@ -47,6 +49,9 @@ PYBIND11_MODULE(_C, m) {
   zsq::def_cpu(m, "cpu_adaround", &zsq::adaround);
   zsq::def_cpu(m, "cpu_fake_quant", &zsq::fake_quant);
   zsq::def_cpu(m, "cpu_fake_quant_lsq_backward", &zsq::fake_quant_lsq_backward);
+  zsq::def_cpu(m, "cpu_fake_quant_codes", &zsq::fake_quant_codes);
+  zsq::def_cpu(m, "cpu_fake_quant_minmax", &zsq::fake_quant_minmax);
+  zsq::def_cpu(m, "cpu_channel_range", &zsq::channel_range);
   zsq::def_cpu(m, "cpu_bn_act", &zsq::bn_act);
   zsq::def_cpu(m, "cpu_bn_act_backward", &zsq::bn_act_backward);
   zsq::def_cpu(m, "cpu_qdrop", &zsq::qdrop);
@@ -66,6 +71,10 @@ PYBIND11_MODULE(_C, m) {
   def_cuda(m, "cuda_fake_quant", &zsq::cuda_fake_quant);
   def_cuda(m, "cuda_fake_quant_lsq_backward", &zsq::cuda_fake_quant_lsq_backward);
   def_workspace(m, "cuda_fake_quant_lsq_backward_workspace", &zsq::cuda_fake_quant_lsq_workspace);
+  def_cuda(m, "cuda_fake_quant_codes", &zsq::cuda_fake_quant_codes);
+  def_cuda(m, "cuda_fake_quant_minmax", &zsq::cuda_fake_quant_minmax);
+  def_cuda(m, "cuda_channel_range", &zsq::cuda_channel_range);
+  def_workspace(m, "cuda_channel_range_workspace", &zsq::cuda_channel_range_workspace);
   def_cuda(m, "cuda_bn_act", &zsq::cuda_bn_act);
   def_workspace(m, "cuda_bn_act_workspace", &zsq::cuda_bn_act_workspace);
   def_cuda(m, "cuda_bn_act_backward", &zsq::cuda_bn_act_backward);

@@ -5,4 +5,7 @@ namespace zsq {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
 
+// What a code is stored as.
+enum class CodeType : int { i8 = 0, u8 = 1, i32 = 2 };
+
 }  // namespace zsq

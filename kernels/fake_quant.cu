@@ -17,21 +17,6 @@ enum class Channels {
   kMixed,  // anything else: counted element by element
 };
 
-// Where element i stands: its channel, and how far into the channel's row. 64-bit division takes some 80
-// instructions, enough to be felt beside 16 bytes of traffic, so tensors below 2^32 elements avoid it.
-struct Place {
-  int64_t channel, offset;
-};
-
-__device__ Place place(int64_t i, const CudaFakeQuantArgs& a) {
-  if (a.n <= UINT32_MAX) {
-    const uint32_t row = uint32_t(i) / uint32_t(a.inner);
-    return {row % uint32_t(a.channels), uint32_t(i) - row * uint32_t(a.inner)};
-  }
-  const int64_t row = i / a.inner;
-  return {row % a.channels, i - row * a.inner};
-}
-
 template <class T, Channels kChannels, bool kBackward>
 __global__ void __launch_bounds__(kThreads) fake_quant_kernel(CudaFakeQuantArgs a, bool aligned) {
   constexpr int kSize = Pack<T>::kSize;

@@ -1,4 +1,4 @@
-// fake_quant and its backwards on CUDA. Contract: zsq_ext/ops/reference/fake_quant.py.
+// The fake_quant family on CUDA. Contract: zsq_ext/ops/reference/fake_quant.py and fake_quant_minmax.py.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "fake_quant_minmax.h"
 
 namespace zsq {
 
@@ -37,5 +38,26 @@ struct CudaFakeQuantLsqArgs {
 // then writes nothing.
 cudaError_t cuda_fake_quant_lsq_backward(const CudaFakeQuantLsqArgs& args, cudaStream_t stream);
 int64_t cuda_fake_quant_lsq_workspace(const CudaFakeQuantLsqArgs& args);
+
+struct CudaCodesArgs {
+  CudaFakeQuantArgs fq;  // x holds values and out codes, or `back` the other way round; dtype is that of the values
+  CodeType code;
+  bool back;
+};
+
+// Values to codes, NaN to the code of 0; or codes to values. Launches nothing for n = 0.
+cudaError_t cuda_fake_quant_codes(const CudaCodesArgs& args, cudaStream_t stream);
+
+struct CudaMinMaxArgs {
+  const MinMaxTensor* tensors;  // [count], in the host's memory, read before the call returns
+  int64_t count;
+  float* scale;         // [all channels]
+  int32_t* zero_point;  // [all channels]
+  bool symmetric;
+  DType dtype;
+};
+
+// Every channel quantized on the grid between its own extremes.
+cudaError_t cuda_fake_quant_minmax(const CudaMinMaxArgs& args, cudaStream_t stream);
 
 }  // namespace zsq

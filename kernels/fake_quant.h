@@ -19,10 +19,27 @@ ZSQ_HD T unrounded_code(T x, const Grid<T>& q) {
   return add(div(x, q.scale), q.zero_point);
 }
 
+// The code, still a float: NaN stays NaN.
+template <class T>
+ZSQ_HD T code_or_nan(T x, const Grid<T>& q) {
+  return clamp(add(round_half_even(div(x, q.scale)), q.zero_point), q.qmin, q.qmax);
+}
+
+// The code as an integer can hold it: NaN becomes the code of 0.
+template <class T>
+ZSQ_HD T code_of(T x, const Grid<T>& q) {
+  const T code = code_or_nan(x, q);
+  return code == code ? code : clamp(q.zero_point, q.qmin, q.qmax);
+}
+
+template <class T>
+ZSQ_HD T value_of(T code, const Grid<T>& q) {
+  return mul(sub(code, q.zero_point), q.scale);
+}
+
 template <class T>
 ZSQ_HD T fake_quant(T x, const Grid<T>& q) {
-  const T code = clamp(add(round_half_even(div(x, q.scale)), q.zero_point), q.qmin, q.qmax);
-  return mul(sub(code, q.zero_point), q.scale);
+  return value_of(code_or_nan(x, q), q);
 }
 
 // Where the straight-through gradient passes: decided before rounding, edges included, never for NaN.

@@ -87,7 +87,7 @@ def fake_quant(grad, x, out, scale, zero_point, learned, n, channels, inner, qmi
 
 
 class Cut(NamedTuple):
-    """How LSQ's sums are cut: a program takes COLS channels, and of each `steps` blocks of ROWS elements."""
+    """How what is gathered per channel is cut: a program takes COLS channels, and `steps` blocks of ROWS of each."""
 
     rows: int
     cols: int
@@ -95,8 +95,8 @@ class Cut(NamedTuple):
     parts: int  # per channel
 
 
-def lsq_cut(n, channels, inner):
-    """n > 0. Depends on sizes alone, and with it what is summed in which order."""
+def cut_of(n, channels, inner):
+    """n > 0. Depends on sizes alone, and with it what LSQ sums in which order."""
     cols = min(32, triton.next_power_of_2(channels)) if inner == 1 else 1  # channels last: neighbours side by side
     rows = _BLOCK // cols
     blocks = triton.cdiv(n // channels, rows)

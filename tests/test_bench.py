@@ -13,6 +13,7 @@ from zsq_ext.core.progress import QUIET
 from zsq_ext.ops.cases import adaround as cases_adaround
 from zsq_ext.ops.cases import bn_act as cases_bn_act
 from zsq_ext.ops.cases import fake_quant as cases
+from zsq_ext.ops.cases import fake_quant_minmax as cases_minmax
 from zsq_ext.ops.cases import image as cases_image
 from zsq_ext.ops.cases import qdrop as cases_qdrop
 
@@ -49,16 +50,27 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
     both = "forward+backward"
     assert [(row["op"], row["pass"]) for row in rows] == [
         ("fake_quant", "forward"),
+        ("fake_quant", "out"),
         ("fake_quant", both),
         ("fake_quant_lsq", both),
     ]
     x = case.args("cpu")[0]
-    for row, factor in zip(rows, (2, 5, 5), strict=True):
+    for row, factor in zip(rows, (2, 2, 5, 5), strict=True):
         assert row["bytes"] == factor * x.nbytes
         assert row["floor_ms"] == pytest.approx(row["bytes"] / 1e9 * 1e3)
         assert row["pct_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["ms"])
         assert set(row["peers"]) == {"eager", "aten"} | ({"clone"} if row["op"] == "fake_quant" else set())
         assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
+
+
+def test_codes_and_ranges_are_timed(quick, monkeypatch):
+    case = next(case for case in cases.FAKE_QUANT_BENCH if case.dtype == torch.float32)
+    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
+    rows = [row for row in families.rows(QUIET, only="codes_and_ranges") if row["backend"] == "cpu"]
+    *codes, ranges = rows
+    assert [row["op"] for row in codes] == ["quantize", "dequantize"]
+    assert all(row["bytes"] == case.args("cpu")[0].nbytes * 5 / 4 for row in codes)  # a code is a byte
+    assert (ranges["op"], ranges["bytes"], set(ranges["peers"])) == ("channel_range", 512 * 4608 * 4, {"aten"})
 
 
 def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):
@@ -107,6 +119,19 @@ def test_images_are_timed_beside_what_is_written_without_the_ops(quick, monkeypa
     seen = 4 * 3 * int((args["height"] * args["width"]).sum())
     assert [row["bytes"] for row in rows[:4]] == [2 * y, 3 * y + x, seen + y, seen + 2 * y + x]
     assert [set(row["peers"]) for row in rows] == [{"eager"}] * 2 + [{"matmul", "loop"}] * 2 + [{"rfft2"}]
+
+
+def test_minmax_is_timed_beside_one_weight_after_the_other(quick, monkeypatch):
+    case = cases_minmax.MinMaxCase("small")
+    monkeypatch.setattr(cases_minmax, "FAKE_QUANT_MINMAX_BENCH", [case])
+    rows = [row for row in families.rows(QUIET, only="fake_quant_minmax") if row["backend"] == "cpu"]
+    assert [(row["op"], row["case"], row["pass"]) for row in rows] == [
+        ("fake_quant_minmax", "small", "fresh"),
+        ("fake_quant_minmax", "small", "out"),
+    ]
+    for row in rows:
+        assert row["bytes"] == 2 * sum(t.nbytes for t in case.args()[0])
+        assert set(row["peers"]) == {"eager", "one by one", "clone"}
 
 
 def test_what_is_wrong_is_not_timed():

@@ -186,3 +186,33 @@ def test_image_ops_gather_and_round_once_per_operation(kernels, name):
             assert "FFMA" not in names, key
         else:
             assert "FCHK" in names, key
+
+
+def test_codes_divide_exactly_and_move_16_bytes_of_values(kernels):
+    found = family(kernels, "fake_quant_codes_kernel")
+    assert len({key for _, key in found}) == 3 * 2 * 2, "three dtypes, one grid per pack or several, to codes and back"
+    for key, names in found.items():
+        back = "ELb1EEEv" in key[1]
+        assert names.count("FCHK") == (0 if back else elements_per_thread(key[1])), key
+        moves = "STG.E.128" if back else "LDG.E.128"
+        assert any(name.startswith(moves) for name in names), key
+        assert not back or "FFMA" not in names, key
+
+
+def test_minmax_divides_exactly_moves_16_bytes_and_takes_its_table_by_value(kernels):
+    found = family(kernels, "fake_quant_minmax_kernel")
+    assert len({key for _, key in found}) == 3
+    for key, names in found.items():
+        # two for the grid and one per element, for a warp's channel and for a block's; loops may be unrolled
+        assert names.count("FCHK") >= 2 * (2 + elements_per_thread(key[1])), key
+        assert any(name.startswith("LDG.E.128") for name in names), key
+        assert any(name.startswith("STG.E.128") for name in names), key
+        assert not [name for name in names if name.startswith(("ATOM", "RED."))], key
+
+
+def test_channel_range_moves_16_bytes_where_rows_allow_it(kernels):
+    for key, names in family(kernels, "channel_range_").items():
+        assert not [name for name in names if name.startswith(("ATOM", "RED."))], key
+        match = re.search(r"Li(\d+)E", key[1])
+        if match and int(match[1]) > 1:
+            assert any(name.startswith("LDG.E.128") for name in names), key

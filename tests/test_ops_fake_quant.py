@@ -3,6 +3,9 @@
 Broken on purpose in LSQ's backward on the CPU, each seen red: dx not masked (per_tensor), x / scale not subtracted
 inside (per_tensor), the clip sum's sign (per_tensor), NaN dropped from it (nan_inf), the last slab lost (threads), the
 tail's lanes lost (axis_1).
+
+Of groups and `out`, likewise: a group's length taken for a channel's (groups), x's memory order kept under groups
+(groups_channels_last), `out` written as if it were dense, and its version not counted up (out_is_written, per_tensor).
 """
 
 import os
@@ -19,6 +22,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from zsq_ext.ops import backend, cpu, fake_quant, reference
 from zsq_ext.ops.cases import fake_quant as cases
+from zsq_ext.ops.layout import empty_for
 
 ALL = pytest.mark.parametrize("case", cases.FAKE_QUANT, ids=lambda case: case.name)
 CASE = {case.name: case for case in cases.FAKE_QUANT}
@@ -39,6 +43,14 @@ def assert_same(got, expected):
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} differ"
 
 
+def along(axis, shape, *grid):
+    """The grid's numbers, shaped to broadcast: one, or one per channel or group along axis."""
+    sizes = [1] * len(shape)
+    if axis is not None:
+        sizes[axis] = grid[0].numel()
+    return [t.reshape(sizes) for t in grid]
+
+
 # meaning
 
 
@@ -46,19 +58,16 @@ def assert_same(got, expected):
 def test_reference_is_the_formula(case):
     x, scale, zero_point, qmin, qmax, axis = case.args()
     kind = np.float64 if x.dtype == torch.float64 else np.float32
-    shape = [1] * x.dim()
-    if axis is not None:
-        shape[axis] = scale.numel()
-    v, s, z = (t.to(scale.dtype).numpy() for t in (x, scale.reshape(shape), zero_point.reshape(shape)))
+    v, s, z = (t.to(scale.dtype).numpy() for t in (x.reshape(case.seen), *along(axis, case.seen, scale, zero_point)))
     with np.errstate(all="ignore"):
         ratio = np.divide(v, s, dtype=kind)
         code = np.add(np.rint(ratio), z, dtype=kind)
         code = np.where(code < qmin, kind(qmin), np.where(code > qmax, kind(qmax), code))
         expected = torch.from_numpy(np.asarray(np.multiply(np.subtract(code, z, dtype=kind), s, dtype=kind)))
         inside = np.asarray((ratio + z >= qmin) & (ratio + z <= qmax))
-    assert_same(reference.fake_quant(*case.args()), expected.to(x.dtype))
+    assert_same(reference.fake_quant(*case.args()), expected.to(x.dtype).reshape(case.shape))
     grad = case.grad()
-    expected = torch.where(torch.from_numpy(inside), grad, torch.zeros_like(grad))
+    expected = torch.where(torch.from_numpy(inside).reshape(case.shape), grad, torch.zeros_like(grad))
     assert_same(reference.fake_quant_backward(grad, *case.args()), expected)
 
 
@@ -71,11 +80,11 @@ def test_documented_example():
 def lsq_sums(grad, x, scale, zero_point, qmin, qmax, axis):
     """LSQ's two sums as the formula has them, and how far off each may be: float32 terms, added in float64."""
     kind = np.float64 if x.dtype == torch.float64 else np.float32
+    if scale.dim() == 2:
+        seen = scale.numel(), x.numel() // max(scale.numel(), 1)
+        grad, x = grad.reshape(seen), x.reshape(seen)
     others = tuple(dim for dim in range(x.dim()) if scale.numel() == 1 or dim != axis)
-    shape = [1] * x.dim()
-    if axis is not None:
-        shape[axis] = scale.numel()
-    g, v, s, z = (t.to(scale.dtype).numpy() for t in (grad, x, scale.reshape(shape), zero_point.reshape(shape)))
+    g, v, s, z = (t.to(scale.dtype).numpy() for t in (grad, x, *along(axis, x.shape, scale, zero_point)))
     with np.errstate(all="ignore"):
         z = np.rint(z)
         ratio = np.divide(v, s, dtype=kind)
@@ -127,7 +136,7 @@ def test_forward_has_the_reference_bits(case, fast):
     with backend.backend(name):
         got = fake_quant(*args)
     assert_same(got, reference.fake_quant(*case.args()))
-    assert got.stride() == torch.empty_like(args[0]).stride()
+    assert got.stride() == empty_for(*args[:2]).stride()
     for before, after in zip(copies, args[:3], strict=True):
         assert torch.equal(before.nan_to_num(), after.nan_to_num()), "an input was modified"
 
@@ -141,7 +150,7 @@ def test_backward_has_the_reference_bits(case, fast):
     with backend.backend(name):
         got = torch.ops.zsq.fake_quant_backward(grad, *args)
     assert_same(got, reference.fake_quant_backward(case.grad(), *case.args()))
-    assert got.stride() == torch.empty_like(args[0]).stride()
+    assert got.stride() == empty_for(*args[:2]).stride()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +183,7 @@ def test_lsq_has_the_reference_bits_and_its_sums(case, kind, fast):
         again = torch.ops.zsq.fake_quant_lsq_backward(grad, *args)
     on_cpu = case.grad(), *getattr(case, kind)()
     assert_same(dx, reference.fake_quant_backward(*on_cpu))
-    assert dx.stride() == torch.empty_like(args[0]).stride()
+    assert dx.stride() == empty_for(*args[:2]).stride()
     assert_sums(sums, on_cpu)
     for got, expected in zip(again, (dx, *sums), strict=True):
         assert_same(got, expected)
@@ -271,6 +280,52 @@ def test_scale_and_zero_point_broadcast_and_need_not_be_contiguous():
     assert_same(
         fake_quant(x, scale[:1], zero_point, -8, 7, axis=1), reference.fake_quant(x, scale[:1], zero_point, -8, 7)
     )
+
+
+def test_groups_broadcast_too():
+    x, scale = torch.randn(2, 4, 3), torch.rand(2, 6) + 0.1
+    zero_point = torch.tensor([3], dtype=torch.int32)
+    expected = reference.fake_quant(x.view(12, 2), scale.view(12), zero_point.expand(12), -8, 7, 0).view(x.shape)
+    assert_same(fake_quant(x, scale, zero_point, -8, 7, axis=0), expected)
+    assert_same(fake_quant(x, scale.t().contiguous().t(), zero_point, -8, 7, axis=-3), expected)
+
+
+# memory that is given
+
+
+@ALL
+def test_out_is_written_and_returned(case, fast):
+    name, device = fast
+    if backend.reason_against(name, "fake_quant_out", device, case.dtype) is not None:
+        pytest.skip(f"{name} takes no {case.dtype}: the forward's test says so")
+    args, expected = case.args(device), reference.fake_quant(*case.args())
+    outs = {
+        "contiguous": torch.empty(case.shape, dtype=case.dtype, device=device),
+        "as x": torch.empty_like(args[0]),
+        "strided": torch.empty([2 * n for n in case.shape], dtype=case.dtype, device=device)[
+            tuple(slice(None, None, 2) for _ in case.shape)
+        ],
+    }
+    with backend.backend(name):
+        for label, out in outs.items():
+            version = out._version
+            assert fake_quant(*args, out=out) is out, label
+            assert_same(out, expected)
+            assert out._version > version, "autograd would not notice"
+        if case.layout != "expanded":
+            x = args[0].clone()
+            assert fake_quant(x, *args[1:], out=x) is x
+            assert_same(x, expected)
+
+
+def test_out_under_no_grad_is_for_learned_grids_too():
+    x, scale, zero_point, *range_ = CASE["axis_1"].learned()
+    for t in (x, scale, zero_point):
+        t.requires_grad_()
+    with torch.no_grad():
+        out = fake_quant(x, scale, zero_point, *range_, grad="lsq_plus", out=torch.empty_like(x))
+    assert_same(out, reference.fake_quant(*CASE["axis_1"].learned()))
+    assert not out.requires_grad
 
 
 # gradients
@@ -487,12 +542,15 @@ def test_properties_of_lsq(seed, length, channels, last, power):
 
 # Not nan_inf: opcheck compares results by value, and NaN differs from itself.
 OPCHECK = ["per_tensor", "axis_1", "empty", "strided", "expanded", "channels_last_axis_1", "fp16", "bf16", "fp64"]
+OPCHECK += ["groups", "groups_channels_last"]
+DENSE = torch.contiguous_format
 
 
 @pytest.mark.parametrize("name", OPCHECK)
 def test_opcheck(name):
     args = CASE[name].args()
     torch.library.opcheck(torch.ops.zsq.fake_quant, args)
+    torch.library.opcheck(torch.ops.zsq.fake_quant_out, (*args, torch.empty_like(args[0], memory_format=DENSE)))
     torch.library.opcheck(torch.ops.zsq.fake_quant_backward, (CASE[name].grad(), *args))
     torch.library.opcheck(torch.ops.zsq.fake_quant_lsq_backward, (CASE[name].grad(), *args))
     torch.library.opcheck(torch.ops.zsq.fake_quant_lsq_backward, (CASE[name].grad(), *CASE[name].learned()))
@@ -511,7 +569,7 @@ def _graph_of(function, *args):
     return torch.compile(function, backend=aot_autograd(fw_compiler=look), fullgraph=True)(*args), seen
 
 
-@pytest.mark.parametrize("name", ["per_tensor", "channels_last_axis_1", "bf16_channel", "ties_channel"])
+@pytest.mark.parametrize("name", ["per_tensor", "channels_last_axis_1", "bf16_channel", "ties_channel", "groups"])
 @pytest.mark.parametrize("grad", ["ste_clip", "ste"])
 def test_compile_decomposes_under_auto(name, grad):
     args = CASE[name].args()
@@ -553,6 +611,20 @@ def test_compile_keeps_the_sums_of_lsq_opaque(grad):
     assert [op for op in backward if "zsq" in op] == ["zsq.fake_quant_lsq_backward.default"]
     for a, b in zip(got, expected, strict=True):
         assert_same(a, b)
+
+
+@pytest.mark.parametrize("name", ["per_tensor", "groups_channels_last"])
+def test_compile_writes_to_out(name, fast):
+    backend_name, device = fast
+    args, expected = CASE[name].args(device), reference.fake_quant(*CASE[name].args())
+    for chosen in ("auto", backend_name):
+        out = torch.full_like(args[0], 7)
+        with backend.backend(chosen):
+            (result, more), ops = _graph_of(lambda *a: ((r := fake_quant(*a[:-1], out=a[-1])), r + 1), *args, out)
+        assert any("zsq" in op or "auto_functionalized" in op for op in ops) == (chosen != "auto")
+        assert_same(out, expected)
+        assert_same(result, expected)
+        assert_same(more, expected + 1)
 
 
 def test_compile_keeps_a_forced_backend_opaque(fast):

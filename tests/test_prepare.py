@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zsq_ext.ops import fake_quant_minmax
 from zsq_ext.quant import ranges
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import ACTIVATION_RANGES, QConfig
@@ -18,7 +19,7 @@ from zsq_ext.quant.modules import (
     activation_quantizers,
     calibrating,
 )
-from zsq_ext.quant.prepare import plan, prepare
+from zsq_ext.quant.prepare import plan, prepare, weights_together
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -253,6 +254,43 @@ def test_double_precision(images):
     torch.testing.assert_close(output, teacher(images.double()), rtol=0, atol=0.01 * output.abs().max().item())
     doubled = calibrated(build(), images, 8, 8, w_range="lp").double()
     assert doubled(images.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("w_range", ["minmax", "lp"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weights_quantized_together_are_the_same_network(teacher, images, w_range, layout):
+    student = calibrated(teacher, images, 3, 4, edge_bits=8, w_range=w_range).to(memory_format=layout)
+    network = weights_together(student)
+    calls = [node for node in network.graph.nodes if node.target is fake_quant_minmax]
+    assert len(calls) == (w_range == "minmax")
+    assert {node.name for node in student.graph.nodes} <= {node.name for node in network.graph.nodes}
+    assert {id(p) for p in network.parameters()} == {id(p) for p in student.parameters()}
+    x = images.contiguous(memory_format=layout)
+    for _ in range(2):
+        found = []
+        for module in (student, network):
+            output = module(x)
+            found.append((output, *torch.autograd.grad(output.square().sum(), list(student.parameters()))))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        with torch.no_grad():  # the ranges follow
+            for parameter in student.parameters():
+                parameter.mul_(1.5)
+
+
+def test_weights_together_of_a_shared_and_of_a_transposed_layer():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.up, self.fc = nn.Conv2d(3, 3, 3), nn.ConvTranspose2d(3, 6, 2), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.fc(self.up(self.conv(self.conv(x))).mean([2, 3]))
+
+    student = prepare(capture(Net(), torch.zeros(2, 3, 8, 8)), QConfig(4, None))
+    x = normal(2, 3, 8, 8)
+    assert torch.equal(weights_together(student)(x), student(x))
+    compiled = torch.compile(weights_together(student), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), student(x))
 
 
 # Ranges

@@ -1,9 +1,10 @@
-// fake_quant and its backwards on the CPU. Contract: zsq_ext/ops/reference/fake_quant.py.
+// The fake_quant family on the CPU. Contract: zsq_ext/ops/reference/fake_quant.py and fake_quant_minmax.py.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/dtype.h"
+#include "kernels/fake_quant_minmax.h"
 
 namespace zsq {
 
@@ -33,5 +34,26 @@ struct FakeQuantLsqArgs {
 // LSQ's gradient: the straight-through gradient into out, and the two sums per channel. The sums are the same bits for
 // any number of threads. Writes nothing for n = 0.
 void fake_quant_lsq_backward(const FakeQuantLsqArgs& args, int threads);
+
+struct CodesArgs {
+  FakeQuantArgs fq;  // x holds values and out codes, or `back` the other way round; dtype is that of the values
+  CodeType code;
+  bool back;
+};
+
+// Values to codes, NaN to the code of 0; or codes to values.
+void fake_quant_codes(const CodesArgs& args, int threads);
+
+struct MinMaxArgs {
+  const MinMaxTensor* tensors;  // [count]
+  int64_t count;
+  void* scale;          // [all channels] float, or double where the tensors are double
+  int32_t* zero_point;  // [all channels]
+  bool symmetric;
+  DType dtype;
+};
+
+// Every channel quantized on the grid between its own extremes.
+void fake_quant_minmax(const MinMaxArgs& args, int threads);
 
 }  // namespace zsq

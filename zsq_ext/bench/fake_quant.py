@@ -11,10 +11,11 @@ from zsq_ext.bench.subject import Subject
 from zsq_ext.ops import fake_quant, reference
 from zsq_ext.ops.cases import fake_quant as cases
 
-# op -> pass -> bytes moved per byte of x: x in, x_hat out; then grad and x in, and the gradient out
-_PASSES = {"fake_quant": {"forward": 2, "forward+backward": 5}, "fake_quant_lsq": {"forward+backward": 5}}
+# op -> pass -> bytes moved per byte of x: x in, x_hat out; then grad and x in, and the gradient out. "out" is the
+# forward into memory that is there; its peers make their own.
+_PASSES = {"fake_quant": {"forward": 2, "out": 2, "forward+backward": 5}, "fake_quant_lsq": {"forward+backward": 5}}
 # op -> pass -> operations per element
-_FLOPS = {"fake_quant": {"forward": 6, "forward+backward": 10}, "fake_quant_lsq": {"forward+backward": 20}}
+_FLOPS = {"fake_quant": {"forward": 6, "out": 6, "forward+backward": 10}, "fake_quant_lsq": {"forward+backward": 20}}
 
 
 def subjects(device: str) -> list[Subject]:
@@ -26,8 +27,9 @@ def _subject(op: str, case: cases.FakeQuantCase, device: str, pass_: str) -> Sub
     lsq = op == "fake_quant_lsq"
     public: Callable[..., Tensor] = functools.partial(fake_quant, grad="lsq") if lsq else fake_quant
     # The reference's forward is plain PyTorch, but its gradient needs the straight-through estimator written out.
-    forward = pass_ == "forward"
+    forward = pass_ != "forward+backward"
     expected = (lambda grad, *args: reference.fake_quant(*args)) if forward else reference.fake_quant_backward
+    theirs = "forward" if pass_ == "out" else pass_
     n = torch.Size(case.shape).numel()
     return Subject(
         op=op,
@@ -40,13 +42,18 @@ def _subject(op: str, case: cases.FakeQuantCase, device: str, pass_: str) -> Sub
         inputs=lambda seed: (case.grad(device), *case.args(device, seed)),
         ours=_pass(public, pass_, lsq),
         expected=expected,
-        peers={name: _pass(function, pass_, lsq) for name, function in _peers(case, lsq).items()},
+        peers={name: _pass(_by_rows(function), theirs, lsq) for name, function in _peers(case, lsq).items()},
         runs="fake_quant",
     )
 
 
 def _pass(function: Callable[..., Tensor], pass_: str, lsq: bool) -> Callable[..., Tensor]:
-    """function(x, *grid), or x's gradient (under lsq also scale's) through it, as a function of (grad, x, *grid)."""
+    """function(x, *grid), or x's gradient (under lsq also scale's) through it, as a function of (grad, x, *grid).
+
+    Under "out" what was grad is the memory to write to.
+    """
+    if pass_ == "out":
+        return lambda out, x, *grid: function(x, *grid, out=out)
     if pass_ == "forward":
         return lambda grad, x, *grid: function(x, *grid)
 
@@ -65,6 +72,18 @@ def _peers(case: cases.FakeQuantCase, lsq: bool) -> dict[str, Callable[..., Tens
     if case.dtype == torch.float32:  # ATen's ops on 16-bit types give other codes
         peers["aten"] = _aten_lsq if lsq else _aten
     return peers
+
+
+def _by_rows(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A peer that knows channels, given groups: each is a row."""
+
+    def run(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+        if scale.dim() == 1:
+            return function(x, scale, zero_point, qmin, qmax, axis)
+        rows = x.reshape(scale.numel(), -1)
+        return function(rows, scale.flatten(), zero_point.flatten(), qmin, qmax, 0).reshape(x.shape)
+
+    return run
 
 
 def _eager(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:

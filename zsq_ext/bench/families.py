@@ -4,13 +4,15 @@ from typing import Any
 
 import torch
 
-from zsq_ext.bench import adaround, bn_act, fake_quant, image, qdrop
+from zsq_ext.bench import adaround, bn_act, codes_and_ranges, fake_quant, fake_quant_minmax, image, qdrop
 from zsq_ext.bench.subject import Subject, measured
 from zsq_ext.core.progress import Progress
 
 # family -> from a device to its subjects
 FAMILIES = {
     "fake_quant": fake_quant.subjects,
+    "codes_and_ranges": codes_and_ranges.subjects,
+    "fake_quant_minmax": fake_quant_minmax.subjects,
     "adaround": adaround.subjects,
     "qdrop": qdrop.subjects,
     "bn_act": bn_act.subjects,

@@ -1,6 +1,6 @@
 """One thing to time, and how it becomes rows: on every backend that runs it here, beside its peers, checked first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ class Subject:
         bytes_, flops: what has to move and to be computed, the floor's measure.
         inputs: from a seed to the arguments of every function here.
         ours: the public op; run once on every backend.
-        expected: what it must give.
+        expected: what it must give, a tensor or several.
         peers: what others do, by name. "eager" is also what ``--inductor`` compiles.
         tolerance: of ``ours`` against ``expected``, see ``timing.assert_equal``.
         runs: the registered op that a backend must have; None for what torch runs itself, one row of backend "torch".
@@ -35,8 +35,8 @@ class Subject:
     bytes_: int
     flops: int
     inputs: Callable[[int], tuple[Any, ...]]
-    ours: Callable[..., Tensor]
-    expected: Callable[..., Tensor]
+    ours: Callable[..., Any]
+    expected: Callable[..., Any]
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     tolerance: float = 0.0
     runs: str | None = ""
@@ -53,7 +53,7 @@ def measured(subject: Subject, inductor: bool = False) -> list[dict[str, Any]]:
     peers = dict(subject.peers)
     if inductor and "eager" in peers:
         peers["inductor"] = torch.compile(peers["eager"], dynamic=False)
-    ours: dict[str, Callable[..., Tensor]] = {} if subject.runs is not None else {"torch": subject.ours}
+    ours: dict[str, Callable[..., Any]] = {} if subject.runs is not None else {"torch": subject.ours}
     for name in backend.NAMES if subject.runs is not None else ():
         interpreted = name == "triton" and subject.device == "cpu"
         reason = backend.reason_against(name, subject.runs or subject.op, subject.device, subject.dtype)
@@ -62,7 +62,8 @@ def measured(subject: Subject, inductor: bool = False) -> list[dict[str, Any]]:
     expected = subject.expected(*inputs[0])
     for name, function in ours.items():
         what = f"{subject.op} on {name}, {subject.case}, {subject.pass_}"
-        timing.assert_equal(what, function(*inputs[0]), expected, subject.tolerance)
+        for got, want in zip(_several(function(*inputs[0])), _several(expected), strict=True):
+            timing.assert_equal(what, got, want, subject.tolerance)
     times = timing.compare({**ours, **peers}, inputs, subject.device)
     return [
         timing.row(
@@ -81,3 +82,7 @@ def measured(subject: Subject, inductor: bool = False) -> list[dict[str, Any]]:
         )
         for name, function in ours.items()
     ]
+
+
+def _several(found: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [found] if isinstance(found, Tensor) else found

@@ -2,7 +2,10 @@
 
 from zsq_ext.ops.adaround import adaround, adaround_many, adaround_start
 from zsq_ext.ops.bn_act import bn_act, channel_sums, statistics_of
+from zsq_ext.ops.channel_range import channel_range
 from zsq_ext.ops.fake_quant import fake_quant
+from zsq_ext.ops.fake_quant_codes import dequantize, quantize
+from zsq_ext.ops.fake_quant_minmax import fake_quant_minmax
 from zsq_ext.ops.image import resize_crops, view_images
 from zsq_ext.ops.qdrop import qdrop
 
@@ -11,9 +14,13 @@ __all__ = [
     "adaround_many",
     "adaround_start",
     "bn_act",
+    "channel_range",
     "channel_sums",
+    "dequantize",
     "fake_quant",
+    "fake_quant_minmax",
     "qdrop",
+    "quantize",
     "resize_crops",
     "statistics_of",
     "view_images",

@@ -8,7 +8,7 @@ such tensors. Each op is registered with torch once, here, and asks at run time 
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -121,22 +121,36 @@ def find(op: str, device: str, dtype: torch.dtype, chosen: str) -> Callable[...,
     )
 
 
-def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _kind_of(first: torch.Tensor | Sequence[torch.Tensor], *rest: Any) -> tuple[str, torch.dtype]:
+    """The device and dtype of the first tensor, which may be the first of a list."""
+    t = head(first)
+    return t.device.type, t.dtype
+
+
+def define(
+    schema: str, fake: Callable[..., Any], kind: Callable[..., tuple[str, torch.dtype]] = _kind_of
+) -> Callable[..., Any]:
     """Registers an op with torch, once for all devices, and returns it.
 
     Args:
-        schema: `name(Tensor x, ...) -> Tensor`; the first tensor's device and dtype decide who may run it. It may be
-            the first of a list.
+        schema: `name(Tensor x, ...) -> Tensor`, or of a list that is never empty. An argument that is written to is
+            the last one, and marked `(a!)`.
         fake: same arguments, returns empty tensors like the result; what compile and export trace with.
+        kind: same arguments, returns the device and dtype that decide who may run it.
     """
     name = schema.partition("(")[0]
     OPS[name] = schema
 
-    def run(first: torch.Tensor | list[torch.Tensor], *rest: Any) -> Any:
-        decides = head(first)
-        return find(name, decides.device.type, decides.dtype, _choice)(first, *rest)
+    def run(*args: Any) -> Any:
+        return find(name, *kind(*args), _choice)(*args)
+
+    def run_and_count(*args: Any) -> Any:
+        result = run(*args)
+        # Autograd then notices if it had saved what was written to; who writes through a pointer has to say so.
+        torch.autograd.graph.increment_version(args[-1])
+        return result
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, run_and_count if "(a!)" in schema else run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"zsq::{name}", fake, lib=_library)
     return getattr(torch.ops.zsq, name).default

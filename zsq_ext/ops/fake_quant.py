@@ -7,27 +7,27 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops import backend, reference
-from zsq_ext.ops.layout import COMPUTE
+from zsq_ext.ops import check as checks
+from zsq_ext.ops.layout import empty_for
 
-_ARGS = "Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis=None"
-
-# Codes are computed in float32, which holds every integer up to here.
-_CODE_LIMIT = 2**24
+_GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax"
+_ARGS = f"Tensor x, {_GRID}, int? axis=None"
 
 
 def _fake(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None) -> Tensor:
-    return torch.empty_like(x)
+    return empty_for(x, scale)
 
 
-def _fake_backward(grad: Tensor, x: Tensor, *grid: Any) -> Tensor:
-    return torch.empty_like(x)
+def _fake_backward(grad: Tensor, x: Tensor, scale: Tensor, *grid: Any) -> Tensor:
+    return empty_for(x, scale)
 
 
 def _fake_lsq_backward(grad: Tensor, x: Tensor, scale: Tensor, *grid: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
+    return empty_for(x, scale), torch.empty_like(scale), torch.empty_like(scale)
 
 
 _op = backend.define(f"fake_quant({_ARGS}) -> Tensor", _fake)
+_op_out = backend.define(f"fake_quant_out(Tensor x, {_GRID}, int? axis, Tensor(a!) out) -> ()", lambda *args: None)
 _op_backward = backend.define(f"fake_quant_backward(Tensor grad, {_ARGS}) -> Tensor", _fake_backward)
 _op_lsq_backward = backend.define(
     f"fake_quant_lsq_backward(Tensor grad, {_ARGS}) -> (Tensor, Tensor, Tensor)", _fake_lsq_backward
@@ -113,9 +113,21 @@ _GRADS = ("ste_clip", "ste", "lsq", "lsq_plus")
 
 
 def _check_scale(scale: Tensor) -> None:
-    for channel, value in enumerate(scale.tolist()):
+    for i, value in enumerate(scale.flatten().tolist()):
         if not 0 < value < math.inf:
-            raise ValueError(f"fake_quant: scale must be positive and finite, got {value} in channel {channel}")
+            where = f"channel {i}" if scale.dim() == 1 else f"group {divmod(i, scale.size(1))}"
+            raise ValueError(f"fake_quant: scale must be positive and finite, got {value} in {where}")
+
+
+def _check_out(out: Tensor, x: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"fake_quant: out must be a tensor, got {type(out).__name__}")
+    if out.dtype is not x.dtype:
+        raise TypeError(f"fake_quant: out must be {x.dtype} as x is, got {out.dtype}")
+    if out.shape != x.shape:
+        raise ValueError(f"fake_quant: out must have x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
+    if out.device != x.device:
+        raise ValueError(f"fake_quant: out must be on {x.device}, got {out.device}")
 
 
 def fake_quant(
@@ -128,6 +140,7 @@ def fake_quant(
     *,
     grad: str = "ste_clip",
     grad_scale: float = 1.0,
+    out: Tensor | None = None,
     check: bool = False,
 ) -> Tensor:
     """Rounds x to a grid of steps and returns it in x's own units.
@@ -140,9 +153,10 @@ def fake_quant(
 
     Args:
         x: any shape and strides; float32, float16, bfloat16, or float64 (on the reference and cpu backends).
-        scale: the step, in units of x, > 0. Shape (1,), or (C,) with C = x.shape[axis]; float32, or float64
-            where x is. Gets a gradient under "lsq" and "lsq_plus" only.
-        zero_point: the code of x = 0. Shape (1,) or (C,), int32; may lie outside [qmin, qmax]. Under "lsq_plus" of
+        scale: the step, in units of x, > 0. Shape (1,), or (C,) with C = x.shape[axis], or, with axis 0, (C, G): the K
+            elements of each x[c], in the order of its shape, are then G groups of K / G. float32, or float64 where x
+            is. Gets a gradient under "lsq" and "lsq_plus" only.
+        zero_point: the code of x = 0. Shape (1,) or as scale, int32; may lie outside [qmin, qmax]. Under "lsq_plus" of
             scale's dtype instead, rounded half to even, and it gets a gradient.
         qmin, qmax: the codes' range, inclusive: (-8, 7) is signed 4 bits.
         axis: the channels' dimension; None for one grid for the whole tensor.
@@ -152,10 +166,12 @@ def fake_quant(
             lsq, and gives zero_point the sum of grad * (0 inside, -scale outside). Both sum in a fixed order, so
             every run gives the same bits. NaN in x makes its channel's sums NaN.
         grad_scale: under "lsq" and "lsq_plus", a factor on the gradients of scale and zero_point, finite.
+        out: where to write, x itself or memory apart from it; shape, dtype and device of x, any strides. None for fresh
+            memory, whose first touch costs a large tensor more than its arithmetic. Only where no gradient is taken.
         check: also verify that scale is positive and finite, which waits for the device.
 
     Returns:
-        A tensor of x's shape, dtype and memory format.
+        out, or a tensor of x's shape, dtype and memory format; with groups it is contiguous.
 
     Raises:
         TypeError: a type or dtype is not as above.
@@ -174,45 +190,30 @@ def fake_quant(
     S. Esser et al., Learned Step Size Quantization (arXiv 1902.08153), where grad_scale is 1 / sqrt(N * qmax) for N
     elements per step; lsq_plus is Y. Bhalgat et al. (arXiv 2004.09576).
     """
-    compute = COMPUTE.get(x.dtype) if isinstance(x, Tensor) else None
-    if compute is None:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"fake_quant: x must be a float32, float16, bfloat16 or float64 tensor, got {got}")
-    if not -_CODE_LIMIT <= qmin <= qmax <= _CODE_LIMIT:
-        raise ValueError(f"fake_quant: qmin must be <= qmax, both within 2**24 of 0, got {qmin} and {qmax}")
+    checks.compute_dtype("fake_quant", "x", x)
+    checks.code_range("fake_quant", qmin, qmax)
     if grad not in _GRADS:
         raise ValueError(f"fake_quant: grad must be one of {', '.join(_GRADS)}, got {grad!r}")
     if not math.isfinite(grad_scale):
         raise ValueError(f"fake_quant: grad_scale must be finite, got {grad_scale}")
-
-    channels = 1
-    if axis is not None:
-        dims = x.dim()
-        if not -dims <= axis < dims:
-            rule = f"in [{-dims}, {dims - 1}]" if dims else "None for 0-d x"
-            raise ValueError(f"fake_quant: axis must be {rule}, got {axis}")
-        axis %= dims
-        channels = x.size(axis)
-    learned = grad == "lsq_plus"
-    for name, t, dtype in (("scale", scale, compute), ("zero_point", zero_point, compute if learned else torch.int32)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"fake_quant: {name} must be a tensor, got {type(t).__name__}")
-        if t.dtype is not dtype:
-            under = " under lsq_plus" if learned and name == "zero_point" else ""
-            raise TypeError(f"fake_quant: {name} must be {dtype} for {x.dtype} x{under}, got {t.dtype}")
-        if t.dim() != 1 or t.size(0) not in (1, channels):
-            shapes = "(1,)" if axis is None else f"(1,) or ({channels},)"
-            raise ValueError(f"fake_quant: {name} must have shape {shapes}, got {tuple(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"fake_quant: {name} must be on {x.device}, got {t.device}")
-    if scale.size(0) != zero_point.size(0):
-        scale, zero_point = scale.expand(channels), zero_point.expand(channels)
-    scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    scale, zero_point, axis = checks.grid(
+        "fake_quant", "x", x, scale, zero_point, axis, x.dtype, learned=grad == "lsq_plus"
+    )
     if check:
         _check_scale(scale)
 
+    learned = grad in ("lsq", "lsq_plus") and (scale.requires_grad or zero_point.requires_grad)
+    if out is not None:
+        _check_out(out, x)
+        if torch.is_grad_enabled() and (x.requires_grad or learned or out.requires_grad):
+            raise ValueError("fake_quant: out must be None where a gradient is taken, got a tensor")
+        if backend.decomposes():
+            reference.fake_quant_out(x, scale, zero_point, qmin, qmax, axis, out)
+        else:
+            _op_out(x, scale.detach(), zero_point, qmin, qmax, axis, out)
+        return out
     if torch.is_grad_enabled():
-        if grad in ("lsq", "lsq_plus") and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
+        if grad in ("lsq", "lsq_plus") and (x.requires_grad or learned):
             return _Lsq.apply(x, scale, zero_point, qmin, qmax, axis, float(grad_scale))
         if scale.requires_grad:  # the op itself knows no gradient of it, and would say so by a warning
             scale = scale.detach()

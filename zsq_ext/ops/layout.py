@@ -17,10 +17,41 @@ COMPUTE = {
     torch.float64: torch.float64,
 }
 
+# kernels/dtype.h holds the same codes.
+CODE_TYPE = {torch.int8: 0, torch.uint8: 1, torch.int32: 2}
 
-def head(first: Tensor | list[Tensor]) -> Tensor:
+
+def code_dtype(qmin: int, qmax: int) -> torch.dtype:
+    """The smallest type that holds the codes qmin to qmax, of those that codes are stored as."""
+    for dtype in (torch.int8, torch.uint8):
+        info = torch.iinfo(dtype)
+        if info.min <= qmin and qmax <= info.max:
+            return dtype
+    return torch.int32
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether t's elements fill a stretch of memory, in whichever order, each at a place of its own."""
+    if t.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def empty_for(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a result of x's shape: ordered as x is, but contiguous where scale has groups (C, G)."""
+    order = torch.contiguous_format if scale.dim() == 2 else torch.preserve_format
+    return torch.empty_like(x, dtype=dtype, memory_format=order)
+
+
+def head(first: Tensor | Sequence[Tensor]) -> Tensor:
     """The tensor whose device and dtype decide for an op: its first argument, or the first of that list."""
-    return first[0] if isinstance(first, list) else first
+    return first if isinstance(first, Tensor) else first[0]
 
 
 def in_layout_of(out: Tensor, t: Tensor) -> Tensor:
@@ -29,10 +60,28 @@ def in_layout_of(out: Tensor, t: Tensor) -> Tensor:
 
 
 def channels_of(out: Tensor, scale: Tensor, axis: int | None) -> tuple[int, int]:
-    """(channels, inner): element i in memory order belongs to channel (i // inner) % channels. out is dense."""
+    """(channels, inner): element i in memory order belongs to channel (i // inner) % channels.
+
+    out is dense. With groups it is contiguous, and what kernels call a channel is a group.
+    """
     channels = scale.numel()
+    if scale.dim() == 2:
+        return channels, out.numel() // max(channels, 1)
     # In dense memory the stride of a dimension is the number of elements that vary faster.
     return (channels, out.stride(axis)) if channels > 1 and axis is not None else (1, out.numel())
+
+
+def sliced(t: Tensor, axis: int) -> bool:
+    """Whether t's slices along axis follow one another in memory, each dense."""
+    if axis == 0 and t.is_contiguous():
+        return True
+    outermost = t.size(axis) <= 1 or t.stride(axis) * t.size(axis) == t.numel()
+    return outermost and is_dense(t)
+
+
+def empty_sliced(t: Tensor, axis: int) -> Tensor:
+    """Memory for a tensor of t's shape that is `sliced`: in t's own order where that is."""
+    return torch.empty_like(t) if sliced(t, axis) else t.new_empty(t.movedim(axis, 0).shape).movedim(0, axis)
 
 
 # kernels/bn_act.h holds the same codes.

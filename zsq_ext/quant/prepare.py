@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import difflib
+import operator
 from dataclasses import dataclass
 
 from torch import fx
 
+from zsq_ext.ops import fake_quant_minmax
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.graph import LAYERS, attribute, find
 from zsq_ext.quant.modules import ActivationQuantizer, WeightQuantizer, weight_range
@@ -97,6 +99,36 @@ def prepare(module: fx.GraphModule, config: QConfig) -> fx.GraphModule:
     for parameter in student.parameters():
         parameter.requires_grad_(True)
     return student
+
+
+def weights_together(student: fx.GraphModule) -> fx.GraphModule:
+    """The same network, parameters and quantizers shared, that quantizes all its live weights by one call per forward.
+
+    For training loops: the same bits and gradients in less time. Nodes keep their names; the quantizers of these
+    weights are modules no more. Weights whose ranges are frozen keep theirs.
+
+    Args:
+        student: what ``prepare`` returned.
+    """
+    live: dict[object, list[tuple[fx.Node, WeightQuantizer]]] = {}
+    for node in student.graph.nodes:
+        quantizer = student.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, WeightQuantizer) and quantizer.lo is None:
+            weight = attribute(student, str(node.args[0].target))
+            live.setdefault((weight.dtype, weight.device), []).append((node, quantizer))
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for found in live.values():
+        for node, _ in found:
+            copied[node.args[0]] = graph.node_copy(node.args[0])
+        sources = [copied[node.args[0]] for node, _ in found]
+        bits, axes = [quantizer.bits for _, quantizer in found], [quantizer.axis for _, quantizer in found]
+        together = graph.call_function(fake_quant_minmax, (sources, bits, axes))
+        for i, (node, _) in enumerate(found):
+            copied[node] = graph.create_node("call_function", operator.getitem, (together, i), name=node.name)
+    graph.output(graph.graph_copy(student.graph, copied))
+    graph.lint()
+    return fx.GraphModule(student, graph, class_name="Together")
 
 
 def _read_by(module: fx.GraphModule, weight: Weight, activations: list[Activation]) -> set[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from zsq_ext.ops import fake_quant
+from zsq_ext.ops import channel_range, fake_quant
 
 SMALLEST_RANGE = 1e-8
 """A narrower range counts as this wide, in units of x, so that a constant tensor has a scale."""
@@ -88,8 +88,8 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
         ValueError: x empty, or axis not an axis of x.
         TypeError: x not floating point.
     """
-    lo, hi = _rows(x, axis, "min_max").aminmax(dim=1)
-    return _wide(lo, "min_max", "x"), _wide(hi, "min_max", "x")
+    _check_values(x, axis, "min_max")
+    return channel_range(x, axis)
 
 
 def percentile(x: Tensor, percent: float = 99.99, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ def lp_search(
     if not ratios:
         raise ValueError("lp_search: ratios must name at least one factor, got none")
     rows = _wide(_rows(x, axis, "lp_search"), "lp_search", "x")
-    lo, hi = rows.aminmax(dim=1) if start is None else (_wide(t, "lp_search", "start").reshape(-1) for t in start)
+    lo, hi = channel_range(rows, 0) if start is None else (_wide(t, "lp_search", "start").reshape(-1) for t in start)
     best_lo, best_hi, best_error = lo, hi, torch.full_like(lo, math.inf)
     for ratio in ratios:
         scale, zero_point, qmin, qmax = affine_params(
@@ -253,17 +253,21 @@ def _bias_correction(step: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     return -torch.expm1(step.clamp_min(1).to(dtype) * math.log(beta))
 
 
-def _rows(x: Tensor, axis: int | None, function: str) -> Tensor:
-    """x as (C, values) with one row per channel, or (1, values) for the whole tensor."""
+def _check_values(x: Tensor, axis: int | None, function: str) -> None:
     if not x.is_floating_point():
         raise TypeError(f"{function}: x must be floating point, got {x.dtype}")
     if x.numel() == 0:
         raise ValueError(f"{function}: x must not be empty, got shape {tuple(x.shape)}")
+    if axis is not None and not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"{function}: axis must be an axis of x with shape {tuple(x.shape)}, got {axis}")
+
+
+def _rows(x: Tensor, axis: int | None, function: str) -> Tensor:
+    """x as (C, values) with one row per channel, or (1, values) for the whole tensor."""
+    _check_values(x, axis, function)
     x = x.detach()
     if axis is None:
         return x.reshape(1, -1)
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"{function}: axis must be an axis of x with shape {tuple(x.shape)}, got {axis}")
     return x.movedim(axis, 0).flatten(1) if x.ndim > 1 else x[:, None]
 
 

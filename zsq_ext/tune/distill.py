@@ -18,6 +18,7 @@ from zsq_ext.core.check import require
 from zsq_ext.core.steps import Terms
 from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.graph import attribute, with_taps
+from zsq_ext.quant.prepare import weights_together
 from zsq_ext.quant.structure import ClassifierTail, cam_layer, classifier_tail, feature_maps
 from zsq_ext.tune.cam import ALPHA_FLOOR, autograd_alpha, bn_slope, cam_classes, cam_loss, closed_form_alpha
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, Perturb, SoftLabels
@@ -170,7 +171,7 @@ class _Network:
         if cam:
             self._tail = classifier_tail(module)
             self._cam = _cam_nodes(module, self._tail)
-        tapped = with_taps(module, [*self._features, *self._cam.values()])
+        tapped = with_taps(weights_together(module), [*self._features, *self._cam.values()])
         self._tapped = fuse(tapped) if fused else tapped
 
     def run(self, images: Tensor, with_grad: bool = False, maps: bool = False) -> _Seen:

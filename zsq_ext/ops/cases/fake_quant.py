@@ -23,6 +23,7 @@ class FakeQuantCase:
     shape: tuple[int, ...] = (4, 8, 6, 6)
     dtype: torch.dtype = torch.float32
     axis: int | None = None
+    groups: int = 0  # of each channel, which then lies along axis 0
     qmin: int = -8
     qmax: int = 7
     zero_point: str = "zero"  # "zero", "inside" or "outside" the range
@@ -33,6 +34,7 @@ class FakeQuantCase:
         """(x, scale, zero_point, qmin, qmax, axis), the same on every device."""
         rng = torch.Generator().manual_seed(seed)
         channels = 1 if self.axis is None else self.shape[self.axis]
+        channels *= max(self.groups, 1)
         compute = torch.float64 if self.dtype == torch.float64 else torch.float32
         # Ties must be exact, so their steps are powers of two; elsewhere a step has a full mantissa.
         scale = torch.rand(channels, generator=rng, dtype=compute) * 0.09 + 0.01
@@ -43,18 +45,27 @@ class FakeQuantCase:
             "inside": torch.randint(self.qmin, self.qmax + 1, (channels,), generator=rng, dtype=torch.int32),
             "outside": torch.randint(self.qmax + 1, self.qmax + 90, (channels,), generator=rng, dtype=torch.int32),
         }[self.zero_point]
-        shape = [1] * len(self.shape)
+        shape = [1] * len(self.seen)
         if self.axis is not None:
             shape[self.axis] = channels
         x = self._x(scale.view(shape), zero_point.view(shape), rng).to(self.dtype)
-        x = LAYOUTS[self.layout](x.to(device))
+        x = LAYOUTS[self.layout](x.reshape(self.shape).to(device))
+        if self.groups:
+            scale, zero_point = scale.view(-1, self.groups), zero_point.view(-1, self.groups)
         return x, scale.to(device), zero_point.to(device), self.qmin, self.qmax, self.axis
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """The shape of x, or with groups [all groups, elements of one]: the grid's numbers go along axis."""
+        if not self.groups:
+            return self.shape
+        return self.shape[0] * self.groups, math.prod(self.shape[1:]) // self.groups
 
     def learned(self, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor, int, int, int | None]:
         """The same with a zero-point as LSQ+ learns it: in scale's dtype, and up to exactly half a code aside."""
         x, scale, zero_point, qmin, qmax, axis = self.args(device, seed)
         aside = torch.tensor([0.5, -0.3, -0.5, 0.2], dtype=scale.dtype, device=device)
-        aside = aside[torch.arange(len(zero_point), device=device) % 4]
+        aside = aside[torch.arange(zero_point.numel(), device=device) % 4].view(zero_point.shape)
         return x, scale, zero_point + aside, qmin, qmax, axis
 
     def grad(self, device: str = "cpu", seed: int = 1) -> Tensor:
@@ -67,26 +78,26 @@ class FakeQuantCase:
 
         def steps(ends: float) -> Tensor:
             """Whole numbers from `ends` below the range to `ends` above it."""
-            u = torch.rand(self.shape, generator=rng, dtype=scale.dtype)
+            u = torch.rand(self.seen, generator=rng, dtype=scale.dtype)
             return (low - ends + u * (high - low + 2 * ends)).round()
 
         if self.values == "ties":
             return (steps(3) + 0.5) * scale
         if self.values == "boundary":
             x = (steps(1) + 0.5) * scale
-            aside = torch.randint(-1, 2, self.shape, generator=rng)
+            aside = torch.randint(-1, 2, self.seen, generator=rng)
             return torch.nextafter(x, x + aside)
         if self.values == "edges":
-            u = torch.rand(self.shape, generator=rng)
+            u = torch.rand(self.seen, generator=rng)
             x = torch.where(u < 0.5, low * scale, high * scale)
-            return torch.nextafter(x, x + torch.randint(-1, 2, self.shape, generator=rng))
+            return torch.nextafter(x, x + torch.randint(-1, 2, self.seen, generator=rng))
         if self.values == "special":
             info = torch.finfo(self.dtype)
             odd = [torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, info.max, info.min, info.tiny, -info.tiny]
             odd += [info.tiny * info.eps, 2.0**24 + 2, 2.0**31, -(2.0**31)]
             table = torch.tensor(odd, dtype=scale.dtype)
-            return table[torch.randint(len(odd), self.shape, generator=rng)]
-        spread = 0.35 * (high - low) * torch.randn(self.shape, generator=rng, dtype=scale.dtype)
+            return table[torch.randint(len(odd), self.seen, generator=rng)]
+        spread = 0.35 * (high - low) * torch.randn(self.seen, generator=rng, dtype=scale.dtype)
         return ((low + high) / 2 + spread) * scale
 
 
@@ -98,6 +109,8 @@ def _fake_quant_cases() -> list[FakeQuantCase]:
         FakeQuantCase("axis_1", axis=1, zero_point="inside"),
         FakeQuantCase("axis_last", axis=3, shape=(4, 3, 5, 16)),
         FakeQuantCase("unsigned", qmin=0, qmax=255, zero_point="inside"),
+        FakeQuantCase("wide", qmin=-300, qmax=40000, zero_point="inside"),
+        FakeQuantCase("wide_channel", qmin=-1, qmax=255, axis=1, values="special"),
         FakeQuantCase("two_bits", qmin=-2, qmax=1),
         FakeQuantCase("one_code", qmin=3, qmax=3),
         FakeQuantCase("scalar", shape=()),
@@ -128,6 +141,15 @@ def _fake_quant_cases() -> list[FakeQuantCase]:
         FakeQuantCase("channels_last_axis_1", layout="channels_last", axis=1, zero_point="inside"),
         FakeQuantCase("channels_last_odd", layout="channels_last", axis=1, shape=(2, 11, 5, 3), zero_point="inside"),
         FakeQuantCase("permuted", layout="permuted", axis=2, shape=(3, 4, 5, 6), zero_point="inside"),
+        FakeQuantCase("groups", axis=0, groups=4, zero_point="inside"),
+        FakeQuantCase("groups_odd", axis=0, groups=5, shape=(3, 5, 7), values="boundary"),
+        FakeQuantCase("groups_of_one", axis=0, groups=6, shape=(3, 2, 3), zero_point="inside"),
+        FakeQuantCase("groups_channels_last", axis=0, groups=8, layout="channels_last", zero_point="inside"),
+        FakeQuantCase("groups_strided", axis=0, groups=2, layout="strided", values="special"),
+        FakeQuantCase("groups_empty", axis=0, groups=2, shape=(0, 8, 6)),
+        FakeQuantCase("groups_threads", axis=0, groups=3, shape=(5, 3, 130, 61), zero_point="outside"),
+        FakeQuantCase("groups_fp16", axis=0, groups=3, shape=(4, 6, 5), dtype=half, zero_point="inside"),
+        FakeQuantCase("groups_fp64", axis=0, groups=3, shape=(4, 6, 5), dtype=torch.float64, layout="permuted"),
     ]
     for dtype, label in ((half, "fp16"), (brain, "bf16")):
         cases += [
@@ -197,6 +219,70 @@ FAKE_QUANT_ERRORS = (
         "fake_quant: zero_point must have shape (1,) or (4,), got (4, 1)",
         {"zero_point": _codes(4, 1)},
     ),
+    ErrorCase(
+        "groups_axis",
+        ValueError,
+        "fake_quant: scale must have shape (1,) or (4,), got (4, 3)",
+        {"scale": torch.ones(4, 3)},
+    ),
+    ErrorCase(
+        "groups_channels",
+        ValueError,
+        "fake_quant: scale must have shape (1,), (2,) or (2, G), got (4, 3)",
+        {"scale": torch.ones(4, 3), "axis": 0},
+    ),
+    ErrorCase(
+        "groups_uneven",
+        ValueError,
+        "fake_quant: scale must have groups that divide the 12 elements of a channel, got 5",
+        {"scale": torch.ones(2, 5), "axis": 0},
+    ),
+    ErrorCase(
+        "groups_none",
+        ValueError,
+        "fake_quant: scale must have groups that divide the 12 elements of a channel, got 0",
+        {"scale": torch.ones(2, 0), "axis": 0},
+    ),
+    ErrorCase(
+        "groups_differ",
+        ValueError,
+        "fake_quant: zero_point must have shape (1,) or scale's shape (2, 3), got (2,)",
+        {"scale": torch.ones(2, 3), "zero_point": _codes(2), "axis": 0},
+    ),
+    ErrorCase(
+        "groups_scale_zero",
+        ValueError,
+        "fake_quant: scale must be positive and finite, got 0.0 in group (1, 0)",
+        {"scale": torch.tensor([[1.0, 2.0], [0.0, 1.0]]), "zero_point": _codes(1), "axis": 0, "check": True},
+    ),
+    ErrorCase("out_number", TypeError, "fake_quant: out must be a tensor, got int", {"out": 1}),
+    ErrorCase(
+        "out_dtype",
+        TypeError,
+        "fake_quant: out must be torch.float32 as x is, got torch.int32",
+        {"out": _codes(2, 4, 3)},
+    ),
+    ErrorCase(
+        "out_shape", ValueError, "fake_quant: out must have x's shape (2, 4, 3), got (24,)", {"out": torch.ones(24)}
+    ),
+    ErrorCase(
+        "out_device",
+        ValueError,
+        "fake_quant: out must be on cpu, got meta",
+        {"out": torch.ones(2, 4, 3, device="meta")},
+    ),
+    ErrorCase(
+        "out_with_gradient",
+        ValueError,
+        "fake_quant: out must be None where a gradient is taken, got a tensor",
+        {"x": torch.zeros(2, 4, 3, requires_grad=True), "out": torch.ones(2, 4, 3)},
+    ),
+    ErrorCase(
+        "out_of_a_learned_scale",
+        ValueError,
+        "fake_quant: out must be None where a gradient is taken, got a tensor",
+        {"scale": torch.ones(4, requires_grad=True), "grad": "lsq", "out": torch.ones(2, 4, 3)},
+    ),
     ErrorCase("no_axis", ValueError, "fake_quant: scale must have shape (1,), got (4,)", {"axis": None}),
     ErrorCase("axis_range", ValueError, "fake_quant: axis must be in [-3, 2], got 3", {"axis": 3}),
     ErrorCase(
@@ -262,6 +348,7 @@ FAKE_QUANT_ERRORS = (
 FAKE_QUANT_BENCH = (
     FakeQuantCase("weight_512x512x3x3", shape=(512, 512, 3, 3), axis=0),
     FakeQuantCase("weight_64x64x3x3", shape=(64, 64, 3, 3), axis=0),
+    FakeQuantCase("weight_groups_of_128", shape=(512, 4608), axis=0, groups=36),
     FakeQuantCase("activation_16x64x56x56", shape=(16, 64, 56, 56), qmin=0, qmax=255, zero_point="inside"),
     FakeQuantCase("activation_channel", shape=(16, 64, 56, 56), axis=1),
     FakeQuantCase("activation_channels_last", shape=(16, 64, 56, 56), axis=1, layout="channels_last"),

@@ -7,7 +7,16 @@ have each for themselves: `call(op, *fields)` runs an op of the native module on
 
 from zsq_ext.ops.native.adaround import adaround, adaround_backward
 from zsq_ext.ops.native.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
-from zsq_ext.ops.native.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
+from zsq_ext.ops.native.channel_range import channel_range
+from zsq_ext.ops.native.fake_quant import (
+    dequantize,
+    fake_quant,
+    fake_quant_backward,
+    fake_quant_lsq_backward,
+    fake_quant_out,
+    quantize,
+)
+from zsq_ext.ops.native.fake_quant_minmax import fake_quant_minmax, fake_quant_minmax_out
 from zsq_ext.ops.native.image import resize_crops, resize_crops_backward, view_images, view_images_backward
 from zsq_ext.ops.native.qdrop import qdrop, qdrop_backward
 
@@ -16,15 +25,21 @@ __all__ = [
     "adaround_backward",
     "bn_act",
     "bn_act_backward",
+    "channel_range",
     "channel_sums",
     "channel_sums_backward",
+    "dequantize",
     "fake_quant",
     "fake_quant_backward",
     "fake_quant_lsq_backward",
+    "fake_quant_minmax",
+    "fake_quant_minmax_out",
+    "fake_quant_out",
     "module",
     "problem",
     "qdrop",
     "qdrop_backward",
+    "quantize",
     "resize_crops",
     "resize_crops_backward",
     "view_images",

@@ -1,0 +1,82 @@
+"""What the ops of the fake_quant family ask of their arguments."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsq_ext.ops.layout import COMPUTE
+
+# Codes are computed in float32, which holds every integer up to here.
+_CODE_LIMIT = 2**24
+
+
+def compute_dtype(op: str, name: str, x: Any) -> torch.dtype:
+    """The dtype that computes for x."""
+    compute = COMPUTE.get(x.dtype) if isinstance(x, Tensor) else None
+    if compute is None:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{op}: {name} must be a float32, float16, bfloat16 or float64 tensor, got {got}")
+    return compute
+
+
+def code_range(op: str, qmin: int, qmax: int) -> None:
+    if not -_CODE_LIMIT <= qmin <= qmax <= _CODE_LIMIT:
+        raise ValueError(f"{op}: qmin must be <= qmax, both within 2**24 of 0, got {qmin} and {qmax}")
+
+
+def dimension(op: str, name: str, x: Tensor, axis: int) -> int:
+    """axis counted from the front."""
+    dims = x.dim()
+    if not -dims <= axis < dims:
+        rule = f"in [{-dims}, {dims - 1}]" if dims else f"None for 0-d {name}"
+        raise ValueError(f"{op}: axis must be {rule}, got {axis}")
+    return axis % dims
+
+
+def grid(
+    op: str, name: str, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, of: torch.dtype, learned: bool
+) -> tuple[Tensor, Tensor, int | None]:
+    """(scale, zero_point, axis): contiguous, of one shape, and counted from the front.
+
+    Args:
+        name: what the caller calls x.
+        of: the dtype of the values.
+        learned: zero_point has scale's dtype.
+    """
+    if axis is not None:
+        axis = dimension(op, name, x, axis)
+    channels = 1 if axis is None else x.size(axis)
+    for label, t in (("scale", scale), ("zero_point", zero_point)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {label} must be a tensor, got {type(t).__name__}")
+        dtype = COMPUTE[of] if label == "scale" or learned else torch.int32
+        if t.dtype is not dtype:
+            under = " under lsq_plus" if learned and label == "zero_point" else ""
+            raise TypeError(f"{op}: {label} must be {dtype} for {of} {name}{under}, got {t.dtype}")
+        if t.dim() == 2 and axis == 0 and t.size(0) == channels:
+            _check_groups(op, label, x, t)
+        elif t.dim() != 1 or t.size(0) not in (1, channels):
+            shapes = "(1,)" if axis is None else f"(1,) or ({channels},)"
+            shapes = f"(1,), ({channels},) or ({channels}, G)" if axis == 0 else shapes
+            raise ValueError(f"{op}: {label} must have shape {shapes}, got {tuple(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"{op}: {label} must be on {x.device}, got {t.device}")
+    if scale.shape != zero_point.shape:
+        scale, zero_point = _alike(op, scale, zero_point)
+    return scale.contiguous(), zero_point.contiguous(), axis
+
+
+def _check_groups(op: str, label: str, x: Tensor, t: Tensor) -> None:
+    groups, length = t.size(1), x.shape[1:].numel()
+    if groups == 0 or length % groups:
+        raise ValueError(f"{op}: {label} must have groups that divide the {length} elements of a channel, got {groups}")
+
+
+def _alike(op: str, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    for t, other in ((scale, zero_point), (zero_point, scale)):
+        if t.shape == (1,):
+            return (t.expand_as(other), other) if t is scale else (other, t.expand_as(other))
+    raise ValueError(
+        f"{op}: zero_point must have shape (1,) or scale's shape {tuple(scale.shape)}, got {tuple(zero_point.shape)}"
+    )

@@ -282,7 +282,7 @@ def test_a_run_folder_belongs_to_one_run(model, result, tmp_path):
     assert same_state(loaded, first.model)
     record = json.loads((out / "result.json").read_text())
     assert record["quality"]["agreement"] == first.quality.agreement
-    with pytest.raises(ValueError, match=r"^quantize: out must be a new folder unless resume=True continues"):
+    with pytest.raises(ValueError, match=r"^quantize: out must be a new folder unless the run in it is to go on"):
         quantize(model, out=out)
     with pytest.raises(ValueError, match=r"^quantize: out must be a new folder or hold this run.*w_bits is 4 there"):
         quantize(model, out=out, w_bits=3, resume=True)
@@ -496,6 +496,21 @@ def test_saving_and_loading_refuse_what_does_not_fit(model, result, nets, tmp_pa
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"^load: .*m.safetensors must be a complete safetensors file"):
         zsq.load(path, model)
+
+
+def test_evaluate_runs_in_eval_mode_and_gives_the_modes_back(model):
+    net = copy.deepcopy(model).train()
+    net.norms[0].eval()
+    modes, before = [m.training for m in net.modules()], copy.deepcopy(net.state_dict())
+    top1 = zsq.evaluate(net, [(X, Y)])
+    assert top1 == zsq.evaluate(copy.deepcopy(net).eval(), [(X, Y)])
+    assert [m.training for m in net.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_an_idea_in_place_of_the_methods_own_is_named(model, capsys):
+    quantize(model, ideas=(LowPass(d0=3.0),), progress=None)
+    assert "LowPass(d0=3.0, when='step') replaces the method's own LowPass(d0=" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_what_is_not_a_batch(result):

@@ -298,6 +298,16 @@ def test_a_tail_without_a_closed_form_uses_its_last_map_larger_than_one_pixel(vg
     assert torch.equal(seer.alpha(seen, classes), autograd_alpha(again.logits, again.cam["map"], classes))
 
 
+def test_a_last_map_of_one_position_gives_way_to_an_earlier_one(nets):
+    """A network for larger images: its last maps have shrunk to 1 x 1, and the first one has not."""
+    module = capture(nets.residual(), torch.zeros(2, 3, 2, 2))
+    assert classifier_tail(module) is not None
+    student = prepare(module, QConfig(4, None))
+    terms = Distiller(module, student, DistillConfig(ideas=(CamAlign(),)))(torch.randn(4, 3, 2, 2), LABELS[:4])
+    assert terms["cam"] >= 0
+    assert torch.isfinite(terms["cam"])
+
+
 def test_networks_that_cannot_be_aligned_are_refused(nets):
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
     network = capture(flat, torch.zeros(2, 3, 2, 2))

@@ -59,11 +59,24 @@ def test_resume_semantics(tmp_path):
     out = tmp_path / "a" / "b"
     Run(out, CONFIG, resume=True)  # nothing there yet: it begins
     assert json.loads((out / "config.json").read_text())["config"]["shape"] == [3, 8, 8]
-    with pytest.raises(ValueError, match=r"out must be a new folder unless resume=True continues .*, got .*/a/b"):
+    with pytest.raises(ValueError, match=r"out must be a new folder unless the run in it is to go on .*, got .*/a/b"):
         Run(out, CONFIG)
     Run(out, CONFIG, resume=True)
     with pytest.raises(ValueError, match="resume needs an out folder, got out=None"):
         Run(None, CONFIG, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_other_files_is_refused_and_left_as_it_was(tmp_path, resume):
+    mine = tmp_path / "model.safetensors"
+    mine.write_text("precious")
+    with pytest.raises(ValueError, match=r"out must be a new or empty folder, .* with model.safetensors$"):
+        Run(tmp_path, CONFIG, resume=resume)
+    assert mine.read_text() == "precious"
+    assert not (tmp_path / "config.json").exists()
+    mine.unlink()
+    (tmp_path / ".config.json.partial").write_text("{")  # a run that was killed as it began
+    Run(tmp_path, CONFIG)
 
 
 @pytest.mark.parametrize("resume", [False, True])

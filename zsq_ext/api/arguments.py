@@ -75,6 +75,15 @@ def settings_of(
     return settings
 
 
+def replaced(
+    chosen: methods.Method, preset: str, profile: str | None, config: QatConfig | None, settings: QatConfig
+) -> list[tuple[Idea, Idea]]:
+    """The method's own ideas that the user's took the place of, with other values, as (own, the user's)."""
+    own = config if config is not None else chosen.config(preset, profile or chosen.profiles[0])
+    now = {type(idea): idea for idea in settings.distill.ideas}
+    return [(idea, now[type(idea)]) for idea in own.distill.ideas if now.get(type(idea), idea) != idea]
+
+
 def enter(
     model: nn.Module,
     input_shape: Sequence[int] | None,

@@ -20,6 +20,7 @@ from zsq_ext.api.arguments import (
     enter,
     given_images,
     pair_of,
+    replaced,
     settings_of,
     speaking_as,
 )
@@ -115,6 +116,8 @@ def quantize(
             w_range=w_range,
         )
         settings = settings_of(chosen, preset, profile, tune, ideas, config)
+        for old, new in replaced(chosen, preset, profile, config, settings):
+            (progress or Progress()).say(f"{new} replaces the method's own {old}")
         teacher, spec = enter(model, input_shape, input_spec, num_classes, device)
         given = given_images(images, labels, teacher, spec, seed)
         check_early(teacher, spec, qconfig, settings, given)

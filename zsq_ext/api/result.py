@@ -97,7 +97,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     """Top-1 accuracy in percent.
 
     Args:
-        model: any image classifier; it is run as it is, in eval mode if it is a result's model.
+        model: any image classifier; it is run in eval mode, and has its own modes again afterwards.
         batches: pairs of images (N, C, H, W) in the model's input space and labels (N,).
 
     Raises:
@@ -107,14 +107,25 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     parameter = next(iter(model.parameters()), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     right = total = 0
-    for batch in batches:
-        images, labels = pair_of(batch)
-        images = images.to(device, memory_format=torch.channels_last)
-        right += int((model(images).argmax(1) == labels.to(device)).sum())
-        total += len(labels)
+    modes = [(layer, layer.training) for layer in model.modules()]
+    model.eval()
+    try:
+        for batch in batches:
+            images, labels = pair_of(batch)
+            images = images.to(device, memory_format=torch.channels_last)
+            right += int((model(images).argmax(1) == labels.to(device)).sum())
+            total += len(labels)
+    finally:
+        for layer, training in modes:
+            layer.training = training
     if total == 0:
         raise ValueError("evaluate: batches must hold at least one image, got none")
     return 100 * right / total
+
+
+def _what(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> str:
+    """What a file that is no quantized model is, as far as it says."""
+    return "images that synthesize made" if "held_out" in tensors else f"format {info.get('format')!r}"
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
@@ -132,7 +143,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     """
     tensors, info = load_tensors(path)
     if info.get("format") != FORMAT:
-        raise ValueError(f"load: {path} must be a quantized model of zsq_ext, got format {info.get('format')!r}")
+        raise ValueError(f"load: {path} must be a quantized model of zsq_ext, got {_what(tensors, info)}")
     if info.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"load: {path} must have format version {FORMAT_VERSION}, got {info.get('format_version')!r}")
     try:

@@ -81,5 +81,8 @@ def write_json(json: Path | None, value: Any) -> None:
     if to_stdout(json):
         typer.echo(text, nl=False)
     else:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(text)
+        try:
+            json.parent.mkdir(parents=True, exist_ok=True)
+            json.write_text(text)
+        except OSError as error:
+            raise ValueError(f"--json must be a file that can be written, got {json}: {error}") from error

@@ -75,6 +75,8 @@ def quantize(
     from zsq_ext.core.progress import Progress
 
     progress = Progress(quiet=quiet)
+    if test_images is not None and data is None:
+        raise ValueError(f"--test-images must come with --data, got {test_images} alone")
     activations = inputs.bits(a_bits)
     ideas = tuple(inputs.idea(text) for text in idea or ())
     tested = None if data is None else inputs.data_set(data, progress, test_images)
@@ -109,11 +111,10 @@ def quantize(
     # once more, now with the names that only the command knows
     measured_on = "" if tested is None else f"{tested.count} test images of {tested.name}"
     page = report.write(result, folder, measured_on=measured_on, notes={"network": network.name})
+    if not to_stdout(json):
+        _show(method, result)
+        typer.echo(f"{folder / 'model.safetensors'}\n{page}")
     write_json(json, _facts(network.name, result, folder, tested))
-    if to_stdout(json):
-        return
-    _show(method, result)
-    typer.echo(f"{folder / 'model.safetensors'}\n{page}")
 
 
 def synthesize(

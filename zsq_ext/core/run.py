@@ -34,8 +34,8 @@ class Run:
             from the environment, or 15.
 
     Raises:
-        ValueError: the folder cannot be written, holds a run and ``resume`` is off, or holds the run of another
-            configuration (naming what differs).
+        ValueError: the folder cannot be written, holds files but no run, holds a run and ``resume`` is off, or holds
+            the run of another configuration (naming what differs).
     """
 
     def __init__(
@@ -64,7 +64,18 @@ class Run:
         if held.exists():
             self._check_same(held, resume)
         else:
+            self._check_empty()
             self.write_json(CONFIG, {"digest": self.digest, "config": self.config})
+
+    def _check_empty(self) -> None:
+        """A run writes files of fixed names: where there is no run, there must be nothing that they could replace."""
+        folder = self.folder or Path()
+        others = sorted(entry.name for entry in folder.iterdir() if not entry.name.endswith(".partial"))
+        if others:
+            raise ValueError(
+                f"run: out must be a new or empty folder, or hold a run, got {folder} with {', '.join(others[:3])}"
+                + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+            )
 
     def _check_same(self, held: Path, resume: bool) -> None:
         try:
@@ -78,7 +89,8 @@ class Run:
             )
         if not resume:
             raise ValueError(
-                f"run: out must be a new folder unless resume=True continues the run in it, got {self.folder}"
+                f"run: out must be a new folder unless the run in it is to go on (resume=True, --resume), "
+                f"got {self.folder}"
             )
 
     def path(self, name: str) -> Path | None:

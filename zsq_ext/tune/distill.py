@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from zsq_ext.core.check import require
 from zsq_ext.core.steps import Terms
 from zsq_ext.quant.fuse import fuse
-from zsq_ext.quant.graph import attribute, with_taps
+from zsq_ext.quant.graph import attribute, find, with_taps
 from zsq_ext.quant.prepare import weights_together
 from zsq_ext.quant.structure import ClassifierTail, cam_layer, classifier_tail, feature_maps
 from zsq_ext.tune.cam import ALPHA_FLOOR, autograd_alpha, bn_slope, cam_classes, cam_loss, closed_form_alpha
@@ -170,6 +170,8 @@ class _Network:
         self._cam: dict[str, str] = {}
         if cam:
             self._tail = classifier_tail(module)
+            if self._tail is not None and _positions(module, self._tail.features) == 1:
+                self._tail = None  # a map of one position explains nothing: an earlier layer's is taken
             self._cam = _cam_nodes(module, self._tail)
         tapped = with_taps(weights_together(module), [*self._features, *self._cam.values()])
         self._tapped = fuse(tapped) if fused else tapped
@@ -204,6 +206,12 @@ class _Network:
         slope = bn_slope(attribute(self.module, str(norm.weight)), attribute(self.module, str(norm.var)), norm.eps)
         upper = 6.0 if tail.activation == "relu6" else None
         return closed_form_alpha(seen.cam["classifier"], classes, slope, seen.cam["pre_activation"], upper=upper)
+
+
+def _positions(module: fx.GraphModule, name: str) -> int:
+    """Height times width of a node's map."""
+    shape = find(module, name).meta["val"].shape
+    return int(shape[2]) * int(shape[3])
 
 
 def _cam_nodes(module: fx.GraphModule, tail: ClassifierTail | None) -> dict[str, str]:

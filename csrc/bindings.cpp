@@ -2,6 +2,7 @@
 #include "csrc/bind.h"
 #include "csrc/cpu/bn_act.h"
 #include "csrc/cpu/fake_quant.h"
+#include "csrc/cpu/heads.h"
 #include "csrc/cpu/simd.h"
 
 #ifdef ZSQ_WITH_CUDA
@@ -42,6 +43,11 @@ PYBIND11_MODULE(_C, m) {
   zsq::def_cpu(m, "cpu_fake_quant_lsq_backward", &zsq::fake_quant_lsq_backward);
   zsq::def_cpu(m, "cpu_bn_act", &zsq::bn_act);
   zsq::def_cpu(m, "cpu_bn_act_backward", &zsq::bn_act_backward);
+  zsq::def_cpu(m, "cpu_distill_head", &zsq::distill_head);
+  zsq::def_cpu(m, "cpu_distill_head_backward", &zsq::distill_head_backward);
+  zsq::def_cpu(m, "cpu_cam_map", &zsq::cam_map);
+  zsq::def_cpu(m, "cpu_cam_map_backward", &zsq::cam_map_backward);
+  zsq::def_cpu(m, "cpu_count_active", &zsq::count_active);
 
 #ifdef ZSQ_WITH_CUDA
   m.attr("cuda_archs") = ZSQ_CUDA_ARCHS;

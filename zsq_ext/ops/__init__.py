@@ -2,5 +2,17 @@
 
 from zsq_ext.ops.bn_act import bn_act, channel_sums, statistics_of
 from zsq_ext.ops.fake_quant import fake_quant
+from zsq_ext.ops.heads_cam import cam_map, count_active
+from zsq_ext.ops.heads_distill import KD_SCALINGS, Distilled, distill_head
 
-__all__ = ["bn_act", "channel_sums", "fake_quant", "statistics_of"]
+__all__ = [
+    "KD_SCALINGS",
+    "Distilled",
+    "bn_act",
+    "cam_map",
+    "channel_sums",
+    "count_active",
+    "distill_head",
+    "fake_quant",
+    "statistics_of",
+]

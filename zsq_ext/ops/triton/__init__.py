@@ -7,12 +7,18 @@ import torch
 
 from zsq_ext.ops.triton.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
 from zsq_ext.ops.triton.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
+from zsq_ext.ops.triton.heads import cam_map, cam_map_backward, count_active, distill_head, distill_head_backward
 
 __all__ = [
     "bn_act",
     "bn_act_backward",
+    "cam_map",
+    "cam_map_backward",
     "channel_sums",
     "channel_sums_backward",
+    "count_active",
+    "distill_head",
+    "distill_head_backward",
     "fake_quant",
     "fake_quant_backward",
     "fake_quant_lsq_backward",

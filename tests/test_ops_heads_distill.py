@@ -3,6 +3,8 @@
 MUTANTS
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -274,6 +276,40 @@ def test_equal_logits_give_exactly_nothing(fast):
             total = distill_head(x, x.detach(), kd=kd).kd
             assert total == 0
             assert not torch.autograd.grad(total, x)[0].any()
+
+
+def test_logits_that_disagree_completely(fast):
+    name, device = fast
+    student = torch.tensor([[500.0, 0.0, -500.0]], device=device).requires_grad_()
+    with backend.backend(name):
+        kd = distill_head(student, -student.detach(), temperature=1.0).kd
+        (grad,) = torch.autograd.grad(kd, student)
+    assert kd.item() == pytest.approx(1000, rel=1e-6)
+    # e^80 times e^-80, each 80 half-units of its exponent off
+    torch.testing.assert_close(grad.cpu(), torch.tensor([[1.0, 0.0, -1.0]]), rtol=160 * 2**-24, atol=0)
+
+
+def test_entropy_is_lowest_where_the_logits_agree():
+    teacher = CASE["entropy"].args()[1]
+    best = distill_head(teacher, teacher, kd="entropy", alpha=2.0, temperature=5.0).kd.item()
+    assert best == pytest.approx(-2 * 25 * math.log(37), rel=1e-6)
+    moved = teacher + torch.linspace(0, 1, 37)
+    assert distill_head(moved, teacher, kd="entropy", alpha=2.0, temperature=5.0).kd > best
+
+
+def test_all_but_mse_ignore_a_shift_of_the_logits():
+    student, teacher = (t.double() for t in CASE["kl_batchmean"].args()[:2])
+    for kd in KD_SCALINGS:
+        moved, still = (distill_head(s, teacher, kd=kd).kd.item() for s in (student + 3, student))
+        assert (moved > still + 1) if kd == "mse" else moved == pytest.approx(still, rel=1e-12)
+
+
+def test_the_cross_entropy_is_divided_by_the_whole_batch():
+    student, teacher, labels, *_ = CASE["given"].args()
+    half = torch.arange(12) % 2 == 0
+    each = F.cross_entropy(student, labels, reduction="none")
+    for easy in (half, ~half & half, half | ~half):
+        torch.testing.assert_close(distill_head(student, teacher, labels, easy=easy).ce, each[easy].sum() / 12)
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -10,6 +10,7 @@
 
 #include "kernels/bn_act.cuh"
 #include "kernels/fake_quant.cuh"
+#include "kernels/heads.cuh"
 
 namespace {
 
@@ -59,6 +60,11 @@ PYBIND11_MODULE(_C, m) {
   def_workspace(m, "cuda_bn_act_workspace", &zsq::cuda_bn_act_workspace);
   def_cuda(m, "cuda_bn_act_backward", &zsq::cuda_bn_act_backward);
   def_workspace(m, "cuda_bn_act_backward_workspace", &zsq::cuda_bn_act_backward_workspace);
+  def_cuda(m, "cuda_distill_head", &zsq::cuda_distill_head);
+  def_cuda(m, "cuda_distill_head_backward", &zsq::cuda_distill_head_backward);
+  def_cuda(m, "cuda_cam_map", &zsq::cuda_cam_map);
+  def_cuda(m, "cuda_cam_map_backward", &zsq::cuda_cam_map_backward);
+  def_cuda(m, "cuda_count_active", &zsq::cuda_count_active);
 #else
   m.attr("cuda_archs") = "";
 #endif

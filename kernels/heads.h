@@ -204,6 +204,9 @@ ZSQ_HD Odds<T> odds(T x, T top, T others) {
 
 // One sample. team.peaks, team.masses and team.divergence run the passes, team.student(k) and team.teacher(k) read a
 // logit. `easy` comes as what has been decided, and leaves as what holds.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // a team of CUDA threads runs on the device only
+#endif
 template <Kd kKd, class T, class Team>
 ZSQ_HD HeadRow<T> head_row(const Team& team, const HeadSpec<T>& spec, int64_t label, bool& easy) {
   HeadRow<T> row{};

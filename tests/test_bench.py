@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from zsq_ext import bench
-from zsq_ext.bench import families, steps, timing
+from zsq_ext.bench import families, heads, steps, timing
 from zsq_ext.core.progress import QUIET
 from zsq_ext.ops.cases import bn_act as cases_bn_act
 from zsq_ext.ops.cases import fake_quant as cases
+from zsq_ext.ops.cases import heads as cases_heads
 
 SECONDS = 0.01
 
@@ -40,6 +41,8 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
     case = next(case for case in cases.FAKE_QUANT_BENCH if case.dtype == torch.float32)
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
     monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", [])
+    monkeypatch.setattr(cases_heads, "DISTILL_BENCH", [])
+    monkeypatch.setattr(cases_heads, "CAM_BENCH", [])
     rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
     both = "forward+backward"
     assert [(row["op"], row["pass"]) for row in rows] == [
@@ -56,10 +59,27 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
         assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
 
 
+def test_heads_are_timed_beside_the_chains_they_replace(quick, monkeypatch):
+    logits = [cases_heads.DistillCase("small", (8, 20)), cases_heads.DistillCase("half", (8, 20), dtype=torch.float16)]
+    maps = [cases_heads.CamCase("last", layout="channels_last", upper=6.0)]
+    monkeypatch.setattr(cases_heads, "DISTILL_BENCH", logits)
+    monkeypatch.setattr(cases_heads, "CAM_BENCH", maps)
+    rows = [row for row in heads.rows(QUIET) if row["backend"] == "cpu"]
+    size = maps[0].activation().nbytes
+    assert [(row["op"], row["bytes"], set(row["peers"])) for row in rows] == [
+        ("distill_head", 5 * 640, {"eager"}),
+        ("distill_head", 5 * 320, {"eager"}),
+        ("cam_map", 2 * size, {"eager", "bmm"}),
+        ("count_active", size, {"eager"}),
+    ]
+
+
 def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):
     found = [cases_bn_act.BnActCase("small", (2, 8, 6, 6), residual=True), cases_bn_act.BnActCase("plain", stats=None)]
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [])
     monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", found)
+    monkeypatch.setattr(cases_heads, "DISTILL_BENCH", [])
+    monkeypatch.setattr(cases_heads, "CAM_BENCH", [])
     rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
     assert [(row["case"], row["pass"]) for row in rows] == [
         (case, pass_) for case in ("small", "plain") for pass_ in ("forward", "forward+backward")

@@ -15,8 +15,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 from zsq_ext.ops import KD_SCALINGS, backend, cpu, distill_head, reference
 from zsq_ext.ops.cases import heads as cases
-from zsq_ext.ops.heads_distill import ROW
-from zsq_ext.ops.native import heads as native_heads
 from zsq_ext.ops.reference.heads import LOG_FLOOR, kd_weight
 
 ALL = pytest.mark.parametrize("case", cases.DISTILL, ids=lambda case: case.name)
@@ -286,7 +284,7 @@ def test_logits_that_disagree_completely(fast):
         (grad,) = torch.autograd.grad(kd, student)
     assert kd.item() == pytest.approx(1000, rel=1e-6)
     # e^80 times e^-80, each 80 half-units of its exponent off
-    torch.testing.assert_close(grad.cpu(), torch.tensor([[1.0, 0.0, -1.0]]), rtol=160 * 2**-24, atol=0)
+    torch.testing.assert_close(grad.cpu(), torch.tensor([[1.0, 0.0, -1.0]]), rtol=160 * 2**-24, atol=1e-30)
 
 
 def test_entropy_is_lowest_where_the_logits_agree():
@@ -432,10 +430,6 @@ def test_any_number_of_threads_gives_the_same_bits():
             torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-def test_the_shape_of_a_row_has_one_size():
-    assert len(COLUMNS) == ROW == native_heads.ROW
 
 
 # properties

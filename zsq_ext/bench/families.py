@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsq_ext.bench import bn_act, timing
+from zsq_ext.bench import bn_act, heads, timing
 from zsq_ext.core.progress import Progress
 from zsq_ext.ops import backend, fake_quant, reference
 from zsq_ext.ops.cases import fake_quant as cases
@@ -27,7 +27,7 @@ def rows(progress: Progress) -> list[dict[str, Any]]:
         for op, case, device, pass_ in jobs:
             found += _fake_quant_rows(op, case, device, pass_)
             stage.advance(note=case.name)
-    return found + bn_act.rows(progress)
+    return found + bn_act.rows(progress) + heads.rows(progress)
 
 
 # op -> pass -> bytes moved per byte of x: x in, x_hat out; then grad and x in, and the gradient out

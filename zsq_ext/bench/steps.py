@@ -75,8 +75,9 @@ def _steps(model: torch.nn.Module, device: str) -> dict[str, Callable[[], Any]]:
 
 def _rows(op: str, net: str, step: Callable[[], Any], device: str) -> list[dict[str, Any]]:
     expected = step_on("reference", step)
-    # min-max ranges: every backend rounds alike; but some of PyTorch's own backwards on CUDA add in any order
-    tolerance = 1e-3 if device == "cuda" else 0.0
+    # min-max ranges: every backend rounds alike. But the loss of tuning is made of sums, and a pixel whose gradient is
+    # almost zero may then be moved the other way (5e-6 was seen); and PyTorch's own backwards on CUDA add in any order
+    tolerance = 1e-3 if device == "cuda" or op == "synq_tuning_step" else 0.0
     contenders = {}
     for name in backend.NAMES:
         interpreted = name == "triton" and device == "cpu"

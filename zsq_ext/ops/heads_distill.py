@@ -8,12 +8,10 @@ from torch import Tensor
 
 from zsq_ext.ops import backend
 from zsq_ext.ops.layout import COMPUTE
+from zsq_ext.ops.reference.heads import ROW
 
 KD_SCALINGS = ("kl_mean", "kl_batchmean", "mse", "entropy")
 """What the published systems call distillation, see `distill_head`."""
-
-# What the forward leaves of a sample for the backward, and for the sums over samples: kernels/heads.h names them.
-ROW = 8
 
 
 class Distilled(NamedTuple):

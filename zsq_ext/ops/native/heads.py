@@ -8,12 +8,11 @@ from torch import Tensor
 
 from zsq_ext.ops.layout import COMPUTE, DTYPE_CODE, arranged, channels_last, empty_arranged, places_of
 from zsq_ext.ops.native.call import Call, address
-from zsq_ext.ops.reference.heads import kd_weight
+from zsq_ext.ops.reference.heads import ROW, kd_weight
 
-# kernels/heads.h holds the same codes, and the 8 numbers of a row.
+# kernels/heads.h holds the same codes.
 KD_CODE = {"kl_mean": 0, "kl_batchmean": 0, "mse": 1, "entropy": 2}
 TRUST_CODE = {"all": 0, "below": 1, "up_to": 2, "given": 3}
-ROW = 8
 
 
 def trust_of(easy: Tensor | None, tau: float | None, strict: bool) -> str:

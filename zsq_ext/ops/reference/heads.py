@@ -14,6 +14,10 @@ from zsq_ext.ops.layout import COMPUTE, arranged, channels_last
 # As small as a probability gets: its inverse is still a float32, and all of them together are as good as nothing.
 LOG_FLOOR = -80.0
 
+# What the forward leaves of a sample, for the sums over samples and for the backward: kernels/heads.h has the same.
+# The divergence's value and its two normalisers, the cross-entropy, log-sum-exp, 1 - softmax[label], right, agree.
+ROW = 8
+
 
 def kd_weight(kd: str, alpha: float, temperature: float, samples: int, classes: int) -> float:
     """What the sum over all samples and classes is multiplied by. NaN for the mean over no samples."""

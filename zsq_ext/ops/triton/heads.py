@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops.layout import COMPUTE, arranged, channels_last, empty_arranged, places_of
-from zsq_ext.ops.native.heads import ROW, trust_of, weights
+from zsq_ext.ops.native.heads import trust_of, weights
+from zsq_ext.ops.reference.heads import ROW
 from zsq_ext.ops.triton.launch import kernels, on_device_of
 
 

@@ -1,5 +1,5 @@
 // From a call in Python to a launcher's struct of arguments: one value per field, in order. A pointer comes as an
-// integer, an enum as its code, a struct inside the struct as a tuple.
+// integer, an enum as its code, a struct inside the struct as a tuple, several structs as a tuple of tuples.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,6 +9,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace zsq {
 
@@ -40,6 +41,14 @@ constexpr std::size_t field_count() {
 template <class Struct>
 Struct filled(const pybind11::tuple& values, std::size_t extra = 0);
 
+template <class T>
+struct Several : std::false_type {};
+
+template <class T>
+struct Several<std::vector<T>> : std::true_type {
+  using Item = T;
+};
+
 struct Field {
   pybind11::handle value;
 
@@ -49,6 +58,12 @@ struct Field {
       return reinterpret_cast<T>(value.cast<std::uintptr_t>());
     } else if constexpr (std::is_enum_v<T>) {
       return static_cast<T>(value.cast<int>());
+    } else if constexpr (Several<T>::value) {
+      T items;
+      for (const pybind11::handle item : value) {
+        items.push_back(filled<typename Several<T>::Item>(pybind11::reinterpret_borrow<pybind11::tuple>(item)));
+      }
+      return items;
     } else if constexpr (std::is_class_v<T>) {
       return filled<T>(pybind11::reinterpret_borrow<pybind11::tuple>(value));
     } else {

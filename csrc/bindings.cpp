@@ -1,16 +1,22 @@
 // zsq_ext._C: a table of contents. What the pointers point to, zsq_ext/ops has checked.
 #include "csrc/bind.h"
+#include "csrc/cpu/adaround.h"
 #include "csrc/cpu/bn_act.h"
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/heads.h"
+#include "csrc/cpu/qdrop.h"
+#include "csrc/cpu/image.h"
 #include "csrc/cpu/simd.h"
 
 #ifdef ZSQ_WITH_CUDA
 #include <cuda_runtime.h>
 
+#include "kernels/adaround.cuh"
 #include "kernels/bn_act.cuh"
 #include "kernels/fake_quant.cuh"
 #include "kernels/heads.cuh"
+#include "kernels/qdrop.cuh"
+#include "kernels/image.cuh"
 
 namespace {
 
@@ -40,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("simd_enabled", &zsq::simd_enabled);
   m.def("set_simd", &zsq::set_simd);
+  zsq::def_cpu(m, "cpu_adaround", &zsq::adaround);
   zsq::def_cpu(m, "cpu_fake_quant", &zsq::fake_quant);
   zsq::def_cpu(m, "cpu_fake_quant_lsq_backward", &zsq::fake_quant_lsq_backward);
   zsq::def_cpu(m, "cpu_bn_act", &zsq::bn_act);
@@ -49,10 +56,20 @@ PYBIND11_MODULE(_C, m) {
   zsq::def_cpu(m, "cpu_cam_map", &zsq::cam_map);
   zsq::def_cpu(m, "cpu_cam_map_backward", &zsq::cam_map_backward);
   zsq::def_cpu(m, "cpu_count_active", &zsq::count_active);
+  zsq::def_cpu(m, "cpu_qdrop", &zsq::qdrop);
+  // For tests: the generator itself, whose counters no tensor reaches.
+  m.def("philox", [](uint64_t counter, uint64_t upper, uint64_t key) {
+    const zsq::Words w = zsq::philox(counter, upper, key);
+    return pybind11::make_tuple(w.word[0], w.word[1], w.word[2], w.word[3]);
+  });
+  zsq::def_cpu(m, "cpu_view_images", &zsq::view_images);
+  zsq::def_cpu(m, "cpu_resize_crops", &zsq::resize_crops);
 
 #ifdef ZSQ_WITH_CUDA
   m.attr("cuda_archs") = ZSQ_CUDA_ARCHS;
   m.attr("cuda_version") = CUDART_VERSION;
+  def_cuda(m, "cuda_adaround", &zsq::cuda_adaround);
+  def_workspace(m, "cuda_adaround_workspace", &zsq::cuda_adaround_workspace);
   def_cuda(m, "cuda_fake_quant", &zsq::cuda_fake_quant);
   def_cuda(m, "cuda_fake_quant_lsq_backward", &zsq::cuda_fake_quant_lsq_backward);
   def_workspace(m, "cuda_fake_quant_lsq_backward_workspace", &zsq::cuda_fake_quant_lsq_workspace);
@@ -65,6 +82,9 @@ PYBIND11_MODULE(_C, m) {
   def_cuda(m, "cuda_cam_map", &zsq::cuda_cam_map);
   def_cuda(m, "cuda_cam_map_backward", &zsq::cuda_cam_map_backward);
   def_cuda(m, "cuda_count_active", &zsq::cuda_count_active);
+  def_cuda(m, "cuda_qdrop", &zsq::cuda_qdrop);
+  def_cuda(m, "cuda_view_images", &zsq::cuda_view_images);
+  def_cuda(m, "cuda_resize_crops", &zsq::cuda_resize_crops);
 #else
   m.attr("cuda_archs") = "";
 #endif

@@ -23,3 +23,10 @@ def round_half_even(v):
 def clamp(v, lo, hi):
     # NaN fails both comparisons and stays NaN; tl.minimum and tl.maximum would turn it into a bound.
     return tl.where(v < lo, lo, tl.where(v > hi, hi, v))
+
+
+@triton.jit
+def clip(v, lo, hi):
+    # As clamp, but one bound after the other: where lo > hi, hi holds.
+    v = tl.where(v < lo, lo, v)
+    return tl.where(v > hi, hi, v)

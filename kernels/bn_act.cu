@@ -286,9 +286,10 @@ __global__ void __launch_bounds__(kThreads) bn_act_rows_kernel(A a, bool packed,
   }
 }
 
-// A thread takes 8 channels of a chunk of rows; a row is all channels of one place.
+// A thread takes 8 channels of a chunk of rows; a row is all channels of one place. Two blocks a multiprocessor are
+// what its registers allow: asked for more, the compiler spills.
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads) bn_act_columns_kernel(A a, bool packed, int64_t groups, int64_t count) {
+__global__ void __launch_bounds__(kThreads, 2) bn_act_columns_kernel(A a, bool packed, int64_t groups, int64_t count) {
   const BnActShape& s = a.shape;
   const int64_t octets = ceil_div(s.channels, kEight), chunks = ceil_div(count, kRows);
   const int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x;

@@ -18,21 +18,23 @@ enum class Trust : int { all = 0, below = 1, up_to = 2, given = 3 };
 // Of log-probabilities of the teacher: a smaller one's inverse would not be a float.
 constexpr int kLogFloor = -80;
 
+// The library's, for any argument: infinities and what overflows or vanishes included. Backends differ in the last
+// bits.
 #ifdef __CUDA_ARCH__
-ZSQ_HD float exp_of(float a) { return expf(a); }
-ZSQ_HD float log_of(float a) { return logf(a); }
-ZSQ_HD float log1p_of(float a) { return log1pf(a); }
+ZSQ_HD float exp_any(float a) { return expf(a); }
+ZSQ_HD float log_any(float a) { return logf(a); }
+ZSQ_HD float log1p_any(float a) { return log1pf(a); }
 #else
 template <class T>
-ZSQ_HD T exp_of(T a) {
+ZSQ_HD T exp_any(T a) {
   return std::exp(a);
 }
 template <class T>
-ZSQ_HD T log_of(T a) {
+ZSQ_HD T log_any(T a) {
   return std::log(a);
 }
 template <class T>
-ZSQ_HD T log1p_of(T a) {
+ZSQ_HD T log1p_any(T a) {
   return std::log1p(a);
 }
 #endif
@@ -74,7 +76,7 @@ struct Growth {
 template <class T>
 ZSQ_HD Growth<T> growth(T r) {
   if (!(r >= T(-1) && r <= T(1))) {
-    const T g = sub(exp_of(r), T(1));
+    const T g = sub(exp_any(r), T(1));
     return {g, sub(g, r)};
   }
   T p = coefficient<T>(kTerms<T> - 1);
@@ -146,14 +148,14 @@ ZSQ_HD void add_masses(T s, T t, bool is_label, const Peaks<T>& top, const HeadS
   const T temperature = spec.temperature;
   if (kKd == Kd::kl) {
     const T s_top = div(top.student.value, temperature), t_top = div(top.teacher.value, temperature);
-    sums.student = add(sums.student, exp_of(sub(div(s, temperature), s_top)));
-    sums.teacher = add(sums.teacher, exp_of(sub(div(t, temperature), t_top)));
+    sums.student = add(sums.student, exp_any(sub(div(s, temperature), s_top)));
+    sums.teacher = add(sums.teacher, exp_any(sub(div(t, temperature), t_top)));
   } else if (kKd == Kd::entropy) {
-    sums.student = add(sums.student, exp_of(sub(div(sub(s, t), temperature), top.difference)));
+    sums.student = add(sums.student, exp_any(sub(div(sub(s, t), temperature), top.difference)));
   }
   if (spec.labelled && !is_label) {
-    sums.student_wrong = add(sums.student_wrong, exp_of(sub(s, top.student.value)));
-    if (spec.difficult()) sums.teacher_wrong = add(sums.teacher_wrong, exp_of(sub(t, top.teacher.value)));
+    sums.student_wrong = add(sums.student_wrong, exp_any(sub(s, top.student.value)));
+    if (spec.difficult()) sums.teacher_wrong = add(sums.teacher_wrong, exp_any(sub(t, top.teacher.value)));
   }
 }
 
@@ -170,7 +172,7 @@ ZSQ_HD Ratio<T> ratio(T s, T t, T temperature, T base, T shift) {
   const bool bounded = log_p < T(kLogFloor);
   const T r =
       bounded ? sub(sub(div(s, temperature), add(base, shift)), T(kLogFloor)) : sub(div(sub(s, t), temperature), shift);
-  return {exp_of(bounded ? T(kLogFloor) : log_p), r, bounded};
+  return {exp_any(bounded ? T(kLogFloor) : log_p), r, bounded};
 }
 
 template <Kd kKd, class T>
@@ -185,7 +187,7 @@ ZSQ_HD void add_divergence(T s, T t, T temperature, T base, T shift, Divergence<
     sums.value = add(sums.value, mul(d, d));
   } else {
     const T log_p = sub(div(sub(s, t), temperature), base);
-    sums.value = add(sums.value, mul(exp_of(log_p), log_p));
+    sums.value = add(sums.value, mul(exp_any(log_p), log_p));
   }
 }
 
@@ -198,8 +200,8 @@ struct Odds {
 
 template <class T>
 ZSQ_HD Odds<T> odds(T x, T top, T others) {
-  const T below = sub(x, top), all = add(others, exp_of(below)), log_all = log_of(all);
-  return {add(top, log_all), div(others, all), x == top ? log1p_of(others) : sub(log_all, below)};
+  const T below = sub(x, top), all = add(others, exp_any(below)), log_all = log_any(all);
+  return {add(top, log_all), div(others, all), x == top ? log1p_any(others) : sub(log_all, below)};
 }
 
 // One sample. team.peaks, team.masses and team.divergence run the passes, team.student(k) and team.teacher(k) read a
@@ -216,10 +218,10 @@ ZSQ_HD HeadRow<T> head_row(const Team& team, const HeadSpec<T>& spec, int64_t la
   Masses<T> mass{};
   if (kKd != Kd::mse || spec.labelled) mass = team.template masses<kKd>(top, spec, label);
   if (kKd == Kd::kl) {
-    row.base = add(div(top.teacher.value, spec.temperature), log_of(mass.teacher));
-    row.shift = sub(add(div(top.student.value, spec.temperature), log_of(mass.student)), row.base);
+    row.base = add(div(top.teacher.value, spec.temperature), log_any(mass.teacher));
+    row.shift = sub(add(div(top.student.value, spec.temperature), log_any(mass.student)), row.base);
   } else if (kKd == Kd::entropy) {
-    row.base = add(top.difference, log_of(mass.student));
+    row.base = add(top.difference, log_any(mass.student));
   }
   const Divergence<T> d = team.template divergence<kKd>(spec, row.base, row.shift);
   row.value = d.value;
@@ -278,14 +280,14 @@ ZSQ_HD HeadSlope<T> kd_slope(T s, T t, T temperature, const HeadRow<T>& row) {
     slope = mul(T(2), sub(s, t));
   } else {
     const T log_p = sub(div(sub(s, t), temperature), row.base);
-    slope = mul(exp_of(log_p), sub(log_p, row.value));
+    slope = mul(exp_any(log_p), sub(log_p, row.value));
   }
   return {slope, -slope};
 }
 
 template <class T>
 ZSQ_HD T ce_slope(T s, bool is_label, const HeadRow<T>& row) {
-  return is_label ? -row.wrong : exp_of(sub(s, row.lse));
+  return is_label ? -row.wrong : exp_any(sub(s, row.lse));
 }
 
 // The gradients of both logits of one class.

@@ -20,8 +20,9 @@ __device__ __forceinline__ float floored(float alpha, float floor) { return alph
 
 __device__ __forceinline__ float relu(float s) { return s < 0.0f ? 0.0f : s; }
 
+// One block to an SM is enough to say: told less, ptxas spills on sm_100 to make room for two.
 template <class T, int kSize>
-__global__ void __launch_bounds__(kTileThreads) cam_map_tiles_kernel(CudaCamMapArgs a, int packs, int64_t tiles) {
+__global__ void __launch_bounds__(kTileThreads, 1) cam_map_tiles_kernel(CudaCamMapArgs a, int packs, int64_t tiles) {
   __shared__ float partial[kTileThreads * kSize];
   const int64_t sample = blockIdx.x / tiles, tile = blockIdx.x - sample * tiles;
   const int64_t begin = tile * packs * kSize;

@@ -102,6 +102,15 @@ def test_full_size_without_flip_is_the_identity_bit_for_bit():
     assert torch.equal(flipped, x.flip(3))
 
 
+def test_a_nan_spoils_only_what_reads_it():
+    x = normal(1, 1, 12, 12)
+    x[0, 0, 6, 6] = torch.nan
+    crops = augment.Crops(*torch.tensor([[2], [2], [8], [8]]), torch.tensor([False]))
+    spoiled = augment.resize_crops(x, crops, (16, 16)).isnan()
+    # pixel 4 of the crop is read from places within one pixel of it: outputs 7 to 10 of either axis
+    assert spoiled.nonzero()[:, 2:].tolist() == [[i, j] for i in range(7, 11) for j in range(7, 11)]
+
+
 def test_a_stream_decides_everything():
     x = normal(8, 3, 16, 16)
     first = augment.random_resized_crop_flip(x, stream(5))

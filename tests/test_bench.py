@@ -1,15 +1,21 @@
 """The measuring room: what is timed is right, floors are what they say, and the tables show it."""
 
+import math
+from xml.etree import ElementTree
+
 import pytest
 import torch
 from torch import nn
 
 from zsq_ext import bench
-from zsq_ext.bench import families, heads, steps, timing
+from zsq_ext.bench import compare, families, image, roofline, steps, timing
 from zsq_ext.core.progress import QUIET
+from zsq_ext.ops.cases import adaround as cases_adaround
 from zsq_ext.ops.cases import bn_act as cases_bn_act
 from zsq_ext.ops.cases import fake_quant as cases
 from zsq_ext.ops.cases import heads as cases_heads
+from zsq_ext.ops.cases import image as cases_image
+from zsq_ext.ops.cases import qdrop as cases_qdrop
 
 SECONDS = 0.01
 
@@ -40,10 +46,7 @@ class Tiny(nn.Module):
 def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatch):
     case = next(case for case in cases.FAKE_QUANT_BENCH if case.dtype == torch.float32)
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
-    monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", [])
-    monkeypatch.setattr(cases_heads, "DISTILL_BENCH", [])
-    monkeypatch.setattr(cases_heads, "CAM_BENCH", [])
-    rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
+    rows = [row for row in families.rows(QUIET, only="fake_quant") if row["backend"] == "cpu"]
     both = "forward+backward"
     assert [(row["op"], row["pass"]) for row in rows] == [
         ("fake_quant", "forward"),
@@ -64,7 +67,7 @@ def test_heads_are_timed_beside_the_chains_they_replace(quick, monkeypatch):
     maps = [cases_heads.CamCase("last", layout="channels_last", upper=6.0)]
     monkeypatch.setattr(cases_heads, "DISTILL_BENCH", logits)
     monkeypatch.setattr(cases_heads, "CAM_BENCH", maps)
-    rows = [row for row in heads.rows(QUIET) if row["backend"] == "cpu"]
+    rows = [row for row in families.rows(QUIET, only="heads") if row["backend"] == "cpu"]
     size = maps[0].activation().nbytes
     assert [(row["op"], row["bytes"], set(row["peers"])) for row in rows] == [
         ("distill_head", 5 * 640, {"eager"}),
@@ -76,17 +79,50 @@ def test_heads_are_timed_beside_the_chains_they_replace(quick, monkeypatch):
 
 def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):
     found = [cases_bn_act.BnActCase("small", (2, 8, 6, 6), residual=True), cases_bn_act.BnActCase("plain", stats=None)]
-    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [])
     monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", found)
-    monkeypatch.setattr(cases_heads, "DISTILL_BENCH", [])
-    monkeypatch.setattr(cases_heads, "CAM_BENCH", [])
-    rows = [row for row in families.rows(QUIET) if row["backend"] == "cpu"]
+    rows = [row for row in families.rows(QUIET, only="bn_act") if row["backend"] == "cpu"]
     assert [(row["case"], row["pass"]) for row in rows] == [
         (case, pass_) for case in ("small", "plain") for pass_ in ("forward", "forward+backward")
     ]
     sizes = [case.args()["u"].nbytes for case in found]
     assert [row["bytes"] for row in rows] == [3 * sizes[0], 7 * sizes[0], 2 * sizes[1], 5 * sizes[1]]
     assert all(set(row["peers"]) == {"eager", "clone"} for row in rows)
+
+
+def test_adaround_is_timed_beside_the_published_chain(quick, monkeypatch):
+    monkeypatch.setattr(cases_adaround, "ADAROUND_BENCH", {"block": ((8, 4, 3, 3), (8, 1, 3, 3))})
+    rows = [row for row in families.rows(QUIET, only="adaround") if row["backend"] == "cpu"]
+    assert [(row["op"], row["pass"]) for row in rows] == [("adaround", "forward"), ("adaround", "forward+backward")]
+    n = 8 * 4 * 9 + 8 * 9
+    assert [row["bytes"] for row in rows] == [10 * n, 24 * n]
+    assert all(set(row["peers"]) == {"eager"} for row in rows)
+
+
+def test_qdrop_is_timed_beside_where(quick, monkeypatch):
+    monkeypatch.setattr(cases_qdrop, "QDROP_BENCH", [cases_qdrop.QDropCase("small", layout="channels_last")])
+    rows = [row for row in families.rows(QUIET, only="qdrop") if row["backend"] == "cpu"]
+    assert [(row["op"], row["pass"]) for row in rows] == [("qdrop", "forward"), ("qdrop", "forward+backward")]
+    n = 4 * 8 * 6 * 6
+    assert [row["bytes"] for row in rows] == [3 * 4 * n, 6 * 4 * n]
+    assert all(set(row["peers"]) == {"eager", "clone"} for row in rows)
+
+
+def test_images_are_timed_beside_what_is_written_without_the_ops(quick, monkeypatch):
+    view = cases_image.ViewCase("view", (2, 3, 12, 12), (8, 8))
+    crop = cases_image.CropCase("crop", (2, 3, 12, 12), (8, 8))
+    monkeypatch.setattr(cases_image, "VIEW_BENCH", [view])
+    monkeypatch.setattr(cases_image, "CROP_BENCH", [crop])
+    monkeypatch.setattr(image, "LOW_PASS", [((2, 3, 16, 12), 4.0)])
+    rows = [row for row in families.rows(QUIET, only="image") if row["backend"] in ("cpu", "torch")]
+    both = "forward+backward"
+    assert [(row["op"], row["pass"]) for row in rows] == [
+        *((op, pass_) for op in ("view_images", "resize_crops") for pass_ in ("forward", both)),
+        ("low_pass", "forward"),
+    ]
+    x, y, args = 4 * 2 * 3 * 144, 4 * 2 * 3 * 64, crop.args()
+    seen = 4 * 3 * int((args["height"] * args["width"]).sum())
+    assert [row["bytes"] for row in rows[:4]] == [2 * y, 3 * y + x, seen + y, seen + 2 * y + x]
+    assert [set(row["peers"]) for row in rows] == [{"eager"}] * 2 + [{"matmul", "loop"}] * 2 + [{"rfft2"}]
 
 
 def test_what_is_wrong_is_not_timed():
@@ -116,13 +152,15 @@ def test_inputs_outgrow_the_cache():
 
 def test_steps_of_a_network(quick):
     rows = []
-    for op, step in steps._steps(Tiny(steps.CLASSES), "cpu").items():
-        rows += steps._rows(op, "tiny", step, "cpu")
+    for op, (step, eager) in steps._steps(Tiny(steps.CLASSES), "cpu").items():
+        rows += steps._rows(op, "tiny", step, eager, "cpu")
+        for got, want in zip(step(), eager(), strict=True):  # the peer does the same work
+            timing.assert_equal(op, got, want, 1e-3)
     assert [(row["op"], row["backend"]) for row in rows] == [
         (op, name) for op in ("synq_tuning_step", "synq_generation_step") for name in ("reference", "cpu")
     ]
     for row in rows:
-        assert set(row["peers"]) == {"reference"}
+        assert set(row["peers"]) == {"reference", "eager"}
         assert 0 < row["outside_convolutions"] < 1
 
     # two convolutions on 32 x 32, one of them with one input channel per group, and a linear; an image each
@@ -149,3 +187,82 @@ def test_families_have_no_column_for_convolutions():
 def test_suites_have_names():
     with pytest.raises(ValueError, match="suite must be one of families, steps, got 'nothing'"):
         bench.run("nothing")
+
+
+def result(*rows, suite="families", **environment):
+    machine = {"cpu": "x", "gpu": None, "limits": {"cpu": {"copy_gb_s": 10.0, "matmul_gflop_s": 100.0}}}
+    return {"suite": suite, "environment": {**machine, **environment}, "rows": list(rows)}
+
+
+def row(case, ms, p10, p90, **more):
+    keys = {"op": "o", "case": case, "dtype": "float32", "device": "cpu", "backend": "cpu", "pass": "forward"}
+    floor = {"bytes": 10**6, "flops": 10**6, "pct_of_floor": 50.0}
+    return {**keys, **floor, "ms": ms, "ms_p10": p10, "ms_p90": p90, **more}
+
+
+def test_a_change_is_one_that_both_runs_noise_leaves_standing():
+    old = result(row("same", 1, 0.9, 1.2), row("slower", 1, 0.9, 1.2), row("faster", 1, 0.9, 1.2), row("gone", 1, 1, 1))
+    new = result(
+        row("same", 1.3, 1.1, 1.4), row("slower", 2, 1.3, 3), row("faster", 0.5, 0.4, 0.8), row("new", 1, 1, 1)
+    )
+    found = compare.compare(old, new)
+    assert {change.keys[1]: change.verdict for change in found.changes} == {
+        "same": "", "slower": "slower", "faster": "faster",
+    }  # fmt: skip
+    assert str(found) == (
+        "3 rows compared: 1 slower, 1 faster beyond the noise of both runs\n"
+        "1 rows only in the old run, 1 only in the new one"
+    )
+    header, first, *_ = found.lines()
+    assert dict(zip(header, first, strict=True))["case"] == "slower"  # twice as long is the largest change
+    assert first[-2:] == ["2.00", "slower"]
+
+
+def test_runs_of_two_machines_are_told_apart():
+    found = compare.compare(result(gpu={"name": "a", "copy_gb_s": 1}), result(gpu={"name": "a", "copy_gb_s": 2}))
+    assert not found.machine
+    found = compare.compare(result(cpu="x"), result(cpu="y"))
+    assert "the runs are not of one machine: cpu 'x' and 'y'" in str(found)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match="old must be of the suite 'families', got 'steps'"):
+        compare.compare(result(suite="steps"), result())
+    with pytest.raises(ValueError, match="old must be what zsq bench --json wrote"):
+        compare.check([], "families")
+
+
+def test_the_roofline_is_the_rows_own_floor():
+    """At one operation per byte the memory allows 10 GFLOP/s: a row at half of its floor's speed lies at 5."""
+    svg = roofline.draw(result(row("a", 0.2, 0.2, 0.2)), "cpu")
+    root = ElementTree.fromstring(svg)
+    name = "{http://www.w3.org/2000/svg}"
+    (points,) = (p.get("points").split() for p in root.iter(f"{name}polyline"))
+    corners = [tuple(float(v) for v in p.split(",")) for p in points]
+    titles = [c for c in root.iter(f"{name}circle") if len(c)]
+    (circle,) = titles
+    assert "o a cpu forward: 50 % of the floor" in circle[0].text
+    x, y = float(circle.get("cx")), float(circle.get("cy"))
+    (x0, y0), (x1, y1), (x2, level) = corners
+    assert y1 == level  # behind the ridge
+    assert x == x0  # the plot begins at one operation per byte
+    assert x1 - x0 == pytest.approx((x2 - x0) / 2, abs=0.2)  # the ridge is at 10, the plot ends at 100
+    decade = y0 - y1  # the roof rises from 10 to 100 GFLOP/s, and SVG counts downwards
+    assert y - y0 == pytest.approx(decade * math.log10(2), abs=0.2)
+
+
+def test_a_plot_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="must hold rows with bytes and operations on cpu, got 0"):
+        roofline.draw(result(), "cpu")
+
+
+def test_a_family_alone_and_beside_the_compiler(quick, monkeypatch):
+    case = cases.FakeQuantCase("small", (4, 8, 6, 6))
+    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
+    rows = [r for r in families.rows(QUIET, only="fake_quant", inductor=True) if r["backend"] == "cpu"]
+    assert {r["op"] for r in rows} == {"fake_quant", "fake_quant_lsq"}
+    assert all("inductor" in r["peers"] for r in rows)
+    with pytest.raises(ValueError, match=r"only must be one of fake_quant, .*, got 'nothing'"):
+        families.rows(QUIET, only="nothing")
+    with pytest.raises(ValueError, match="only must be left out with the suite 'steps'"):
+        bench.run("steps", only="fake_quant")

@@ -277,7 +277,7 @@ def test_bench_writes_what_it_prints(monkeypatch):
 
     row = dict.fromkeys(("op", "case", "dtype", "device", "backend", "pass"), "x")
     row |= {"ms": 1.0, "ms_p10": 0.5, "ms_p90": 2.0, "pct_of_floor": None, "peers": {"eager": 3.0}}
-    monkeypatch.setattr(bench, "run", lambda suite, progress: {"suite": suite, "rows": [row]})
+    monkeypatch.setattr(bench, "run", lambda suite, progress, **options: {"suite": suite, "rows": [row], **options})
     assert "eager 3.00x" in zsq_("bench").stdout
     assert json.loads(zsq_("bench", "--suite", "steps", "--json", "-").stdout)["suite"] == "steps"
 

@@ -10,6 +10,7 @@ from zsq_ext.methods import synq
 from zsq_ext.ops import distill_head
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.graph import find
 from zsq_ext.quant.modules import calibrating
 from zsq_ext.quant.prepare import prepare
@@ -82,9 +83,9 @@ def terms_of(teacher, student, *ideas, images=IMAGES, labels=LABELS, **fields):
 
 def test_without_ideas_it_is_plain_distillation_bit_for_bit(teacher, student):
     terms = terms_of(teacher, student)
-    logits = student(IMAGES)
+    logits = fuse(student)(IMAGES)
     with torch.no_grad():
-        target = teacher(IMAGES)
+        target = fuse(teacher)(IMAGES)
     head = distill_head(logits, target, LABELS, alpha=20.0, temperature=20.0, ce=0.5)
     plain = {"kd": head.kd, "ce": head.ce}
     assert terms.keys() == plain.keys()
@@ -141,7 +142,7 @@ def test_at_the_threshold_the_profiles_differ(teacher, student):
     What the head computes may be a unit in the last place beside what is computed here, so neighbours are tried.
     """
     with torch.no_grad():
-        delta = 1 - teacher(IMAGES).softmax(1)[range(6), LABELS]
+        delta = 1 - fuse(teacher)(IMAGES).softmax(1)[range(6), LABELS]
     middle, differ = delta.sort().values[2], []
     for steps in range(-8, 9):
         tau = (middle + steps * 2**-24).item()

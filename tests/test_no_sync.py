@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zsq_ext.ops import KD_SCALINGS, distill_head
+from zsq_ext.ops import KD_SCALINGS, channel_sums, distill_head, statistics_of
 from zsq_ext.quant import ranges
 from zsq_ext.synth import augment, filters, objectives
+from zsq_ext.synth.objectives import Statistics
 from zsq_ext.tune import cam, losses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,18 +60,17 @@ def range_updates():
 def image_objectives():
     inputs = [normal(4, 6, 5, 5).requires_grad_() for _ in range(4)]
     mu, var = [torch.zeros(6, device=DEVICE)] * 4, [torch.ones(6, device=DEVICE)] * 4
+    target = Statistics.of(mu, var)
     logits, labels = normal(4, 10).requires_grad_(), torch.arange(4, device=DEVICE)
 
     def run():
-        means, variances = zip(
-            *(objectives.channel_statistics(u, m) for u, m in zip(inputs, mu, strict=True)), strict=True
-        )
+        found = [statistics_of(*channel_sums(u, m), 100, m) for u, m in zip(inputs, mu, strict=True)]
+        found = Statistics.of(*zip(*found, strict=True))
         total = objectives.focal_ce(logits, labels) + objectives.cross_entropy(logits, labels)
         for form in ("mean_var", "mean_std"):
-            total = total + objectives.bn_statistics_loss(means, variances, mu, var, form=form)
-        total = total + objectives.layered_bn_statistics_loss(means, variances, mu, var)
-        (total + objectives.calibration_centre_loss(means, variances, mu, var)).backward()
-        objectives.merge_statistics(means, variances, [4, 4, 4, 4])
+            total = total + objectives.bn_statistics_loss(found, target, form=form)
+        total = total + objectives.layered_bn_statistics_loss(found, target)
+        (total + objectives.calibration_centre_loss(found, target)).backward()
 
     return run
 

@@ -188,3 +188,52 @@ def test_heads_add_without_atomics(kernels):
     for name in ("distill_", "cam_map_", "count_"):
         for key, names in family(kernels, name).items():
             assert not [n for n in names if n.startswith(("ATOM", "RED."))], key
+
+
+def test_adaround_and_qdrop_move_16_bytes_at_a_time(kernels):
+    found = {**family(kernels, "adaround_kernel"), **family(kernels, "qdrop_flat_kernel")}
+    for key, names in found.items():
+        assert any(name.startswith("LDG.E.128") for name in names), key
+        assert any(name.startswith("STG.E.128") for name in names), key
+
+
+def test_adaround_divides_exactly_and_rounds_once_per_operation(kernels):
+    # One division per element, whole packs and single elements; nothing is contracted but within a division.
+    for key, names in family(kernels, "adaround_kernel").items():
+        elements = elements_per_thread(key[1]) + 1
+        assert names.count("FCHK") == elements, key
+        assert "MUFU.EX2" not in names, key
+        assert "MUFU.LG2" not in names, key
+
+
+def test_adaround_adds_without_atomics(kernels):
+    for key, names in family(kernels, "adaround").items():
+        assert not [name for name in names if name.startswith(("ATOM", "RED"))], key
+
+
+def test_qdrop_multiplies_wide_and_shares_draws(kernels):
+    # Two products of 64 bits in each of ten rounds: one draw for four elements, two for eight.
+    for key, names in family(kernels, "qdrop_flat_kernel").items():
+        draws = 1 if "kernelIj" in key[1] else 2
+        products = [name for name in names if name.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32"))]
+        assert len(products) >= 20 * draws, (key, names)
+        assert len(products) < 20 * draws + 20, key
+
+
+IMAGE = ("view_images_kernel", "resize_crops_kernel", "resize_crops_backward_kernel")
+
+
+@pytest.mark.parametrize("name", IMAGE)
+def test_image_ops_gather_and_round_once_per_operation(kernels, name):
+    found = family(kernels, name)
+    assert len({key for _, key in found}) == 3, "three dtypes"
+    for key, names in found.items():
+        assert not [n for n in names if n.startswith(("ATOM", "RED"))], key
+        # The last sum is of products that stand alone: contracted, it would be an FFMA and FMULs would be few. A
+        # division has FFMAs of its own.
+        assert "FMUL" in names, key
+        assert "FADD" in names, key
+        if "view" in name:
+            assert "FFMA" not in names, key
+        else:
+            assert "FCHK" in names, key

@@ -1,6 +1,14 @@
 """distill_head: what it means, that every backend stays within derived bounds of float64, and torch's machinery.
 
-MUTANTS
+Broken on purpose on the CPU, each seen red; what saw it is in brackets. The shift's last step left out
+[kl_batchmean_close]; e^r - 1 - r by subtraction, in the scalar and in the vector code [keeps its digits]; the floor
+of the teacher's probabilities dropped [logits that disagree completely; kl_batchmean_far]; hard samples kept in the
+cross-entropy's value or in its gradient [every case with labels]; the label kept among the other classes [every case;
+at the threshold]; the last classes, or one lane of eight, left out of a sum [keeps its digits]; < for <= [at the
+threshold]; of equal logits the last one predicted [ties]; NaN below other logits, in the scalar and in the vector
+code [nan_inf]; the teacher's gradient without the divergence's value, the gradient without the temperature [keeps its
+digits]; exponentials of the logits themselves, 1 - p for the odds, log-sum-exp minus logit for the cross-entropy [a
+sure teacher]; a label that does not exist ignored [out of range].
 """
 
 import math
@@ -62,7 +70,7 @@ def assert_within(got, expected, slack, what):
     kinds = [t.nan_to_num(1e300, 2e300, -2e300)[~finite] for t in (got, expected)]
     assert torch.equal(*kinds), f"{what}: {kinds[0]} instead of {kinds[1]}"
     excess = (got - expected).abs() - torch.as_tensor(slack).expand_as(got).nan_to_num(torch.inf)
-    assert not (excess[finite] > 0).any(), f"{what} beyond the tolerance by up to {excess[finite].max()}"
+    assert (excess[finite] <= 0).all(), f"{what} beyond the tolerance by up to {excess[finite].max()}"
 
 
 class Bounds:
@@ -253,7 +261,7 @@ def test_float32_keeps_its_digits_where_student_and_teacher_agree(gap, classes, 
         ours = [t.to(device).requires_grad_() for t in (student, teacher)]
         kd = distill_head(*ours, alpha=20.0).kd
         grads = torch.autograd.grad(kd, ours)
-    assert kd.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert kd.item() == pytest.approx(exact.item(), rel=1e-5, abs=0)
     for g, e in zip(grads, exact_grads, strict=True):
         assert (g.cpu().double() - e).norm() < 1e-4 * e.norm()
 
@@ -327,7 +335,7 @@ def test_a_sure_teacher_is_not_rounded_to_certainty(fast):
     with backend.backend(name):
         for tau, easy in ((1.9e-22, False), (2e-22, True)):
             assert distill_head(teacher, teacher, labels, tau=tau).easy.item() is easy
-        assert distill_head(teacher, teacher, labels).ce.item() == pytest.approx(1.9287e-22, rel=1e-4)
+        assert distill_head(teacher, teacher, labels).ce.item() == pytest.approx(1.9287e-22, rel=1e-4, abs=0)
 
 
 def test_a_label_out_of_range_is_seen(fast):

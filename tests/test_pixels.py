@@ -26,7 +26,7 @@ def objective_of(teacher, watch=None):
     def objective(seen):
         if watch is not None:
             watch(seen)
-        bns = bn_statistics_loss(seen.means, seen.variances, teacher.target_means, teacher.target_variances)
+        bns = bn_statistics_loss(seen.statistics, teacher.target)
         return {"ce": cross_entropy(seen.logits, seen.labels), "bns": bns}
 
     return objective
@@ -176,7 +176,7 @@ def test_nothing_accumulates_and_nothing_is_left(frozen, teacher, tools):
     tensors, hooks = [], []
 
     def watch(_):
-        hooks.append(tools.hooks_on(teacher) + tools.hooks_on(frozen._tapped))
+        hooks.append(tools.hooks_on(teacher) + tools.hooks_on(frozen._fused))
         if len(hooks) not in (3, 8, 14):
             return
         gc.collect()
@@ -213,10 +213,9 @@ def test_the_teacher_shows_what_enters_its_batch_norms(teacher, frozen, nets):
         handle.remove()
     seen = frozen.observe(x, torch.zeros(4, dtype=torch.int64))
     torch.testing.assert_close(seen.logits, logits, rtol=1e-4, atol=1e-5)
-    assert len(seen.means) == len(inputs) == 4
-    for mean, variance, u, norm, target in zip(
-        seen.means, seen.variances, inputs, net.norms, frozen.target_means, strict=True
-    ):
+    assert len(seen.statistics.channels) == len(inputs) == 4
+    layers = (part.split(seen.statistics.channels) for part in (*seen.statistics[:2], frozen.target.mean))
+    for mean, variance, target, u, norm in zip(*layers, inputs, net.norms, strict=True):
         torch.testing.assert_close(mean, u.mean((0, 2, 3)), rtol=256 * 2**-24, atol=1e-5)
         torch.testing.assert_close(variance, u.var((0, 2, 3), correction=0), rtol=256 * 2**-24, atol=1e-5)
         assert torch.equal(target, norm.running_mean)
@@ -225,7 +224,7 @@ def test_the_teacher_shows_what_enters_its_batch_norms(teacher, frozen, nets):
 def test_statistics_of_a_set_do_not_depend_on_the_reading_batch(frozen):
     images = torch.randn(7, 3, 8, 8)
     whole, parts = frozen.statistics(images, 7), frozen.statistics(images, 3)
-    for one, two in zip((*whole[0], *whole[1]), (*parts[0], *parts[1]), strict=True):
+    for one, two in zip(whole[:2], parts[:2], strict=True):
         torch.testing.assert_close(one, two, rtol=7 * 64 * 2**-24, atol=1e-6)
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zsq_ext.ops import distill_head, fake_quant
+from zsq_ext.ops import channel_sums, distill_head, fake_quant, statistics_of
 from zsq_ext.quant import ranges
 from zsq_ext.synth import filters, objectives
+from zsq_ext.synth.objectives import Statistics
 from zsq_ext.tune import cam, losses
 
 
@@ -284,8 +285,9 @@ def test_bn_statistics_gradient_is_affine_in_the_input():
     inputs = [normal(*s, seed=i, dtype=torch.float64).mul(2).add(1).requires_grad_() for i, s in enumerate(shapes)]
     mu = [normal(s[1], seed=10 + i, dtype=torch.float64) for i, s in enumerate(shapes)]
     sigma2 = [normal(s[1], seed=20 + i, dtype=torch.float64).abs() for i, s in enumerate(shapes)]
-    means, variances = zip(*(objectives.channel_statistics(u, m) for u, m in zip(inputs, mu, strict=True)), strict=True)
-    objectives.bn_statistics_loss(means, variances, mu, sigma2).backward()
+    found = [statistics_of(*channel_sums(u, m), u.numel() // u.shape[1], m) for u, m in zip(inputs, mu, strict=True)]
+    means, variances = zip(*found, strict=True)
+    objectives.bn_statistics_loss(Statistics.of(means, variances), Statistics.of(mu, sigma2)).backward()
     for u, m, v, target_m, target_v in zip(inputs, means, variances, mu, sigma2, strict=True):
         channels, count = u.shape[1], u.numel() // u.shape[1]
         k = 2 / (len(shapes) * channels * count)
@@ -298,8 +300,9 @@ def test_bn_statistics_gradient_is_affine_in_the_input():
 @pytest.mark.parametrize("batches", [[256], [256, 256, 256, 232], [3, 7]])
 def test_merged_statistics_are_those_of_the_concatenated_set(batches):
     parts = [normal(n, 8, 4, 4, seed=i) * (1 + i) + 3 * i for i, n in enumerate(batches)]
-    means, variances = zip(*(objectives.channel_statistics(p) for p in parts), strict=True)
-    mean, variance = objectives.merge_statistics(means, variances, batches)
+    centre = torch.zeros(8)
+    s1, s2 = (sum(sums) for sums in zip(*(channel_sums(p, centre) for p in parts), strict=True))
+    mean, variance = statistics_of(s1, s2, sum(batches) * 16, centre)
     whole = torch.cat(parts).double()
     # fp32 sums of up to 16k elements per channel
     torch.testing.assert_close(mean.double(), whole.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)

@@ -5,30 +5,39 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zsq_ext.bench.timing import environment
+from zsq_ext.bench.timing import environment, limits
 from zsq_ext.core.progress import QUIET, Progress
 
-# suite -> "module:function". The function takes a Progress and returns rows as `timing.row` makes them.
+# suite -> "module:function". The function takes a Progress and the suite's options, and returns rows as `timing.row`
+# makes them.
 SUITES = {
     "families": "zsq_ext.bench.families:rows",
     "steps": "zsq_ext.bench.steps:rows",
 }
 
 
-def run(suite: str, progress: Progress = QUIET) -> dict[str, Any]:
+def run(suite: str, progress: Progress = QUIET, **options: Any) -> dict[str, Any]:
     """Runs one suite.
+
+    Args:
+        suite: a key of `SUITES`.
+        progress: where to report.
+        options: what the suite takes besides: `families` takes `only` and `inductor`.
 
     Returns:
         {"suite", "environment", "rows"}, ready for JSON.
 
     Raises:
-        ValueError: no suite has that name.
+        ValueError: no suite has that name, or it does not take an option.
     """
     if suite not in SUITES:
         raise ValueError(f"bench: suite must be one of {', '.join(SUITES)}, got {suite!r}")
     module, _, function = SUITES[suite].partition(":")
-    rows = getattr(importlib.import_module(module), function)(progress)
-    return {"suite": suite, "environment": environment(), "rows": rows}
+    given = {name: value for name, value in options.items() if value}
+    if given and suite != "families":
+        raise ValueError(f"bench: {', '.join(given)} must be left out with the suite {suite!r}")
+    rows = getattr(importlib.import_module(module), function)(progress, **given)
+    return {"suite": suite, "environment": {**environment(), "limits": limits()}, "rows": rows}
 
 
 def save(result: dict[str, Any], path: str | Path) -> None:

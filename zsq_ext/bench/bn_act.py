@@ -7,23 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zsq_ext.bench import timing
-from zsq_ext.core.progress import Progress
-from zsq_ext.ops import backend, bn_act, reference
+from zsq_ext.bench.subject import Subject
+from zsq_ext.ops import bn_act, reference
 from zsq_ext.ops.cases import bn_act as cases
 
 _ACTS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
 
 
-def rows(progress: Progress) -> list[dict[str, Any]]:
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    jobs = [(c, device, pass_) for device in devices for c in cases.BN_ACT_BENCH for pass_ in _tensors(c)]
-    found = []
-    with progress.stage("bn_act", len(jobs)) as stage:
-        for case, device, pass_ in jobs:
-            found += _rows(case, device, pass_)
-            stage.advance(note=case.name)
-    return found
+def subjects(device: str) -> list[Subject]:
+    return [_subject(case, device, pass_) for case in cases.BN_ACT_BENCH for pass_ in _tensors(case)]
 
 
 def _tensors(case: cases.BnActCase) -> dict[str, int]:
@@ -31,40 +23,21 @@ def _tensors(case: cases.BnActCase) -> dict[str, int]:
     return {"forward": 2 + case.residual, "forward+backward": 5 + 2 * case.residual}
 
 
-def _rows(case: cases.BnActCase, device: str, pass_: str) -> list[dict[str, Any]]:
-    u = case.args(device)["u"]
-    bytes_ = _tensors(case)[pass_] * u.nbytes
-    inputs = timing.copies(lambda seed: (case.grads(device), case.args(device, seed)), bytes_, device)
-
-    ours: dict[str, Callable[..., Tensor]] = {}
-    for name in backend.NAMES:
-        interpreted = name == "triton" and device == "cpu"
-        if name == "reference" or interpreted or backend.reason_against(name, "bn_act", device, case.dtype):
-            continue
-        ours[name] = timing.forced(name, _pass(bn_act, pass_))
-    peers = {"eager": _pass(_eager, pass_), "clone": lambda grads, args: args["u"].clone()}
-
-    expected = _expected(case, inputs[0], pass_)
-    for name, function in ours.items():
-        timing.assert_equal(f"bn_act on {name}, {case.name}, {pass_}", function(*inputs[0]), expected)
-
-    times = timing.compare({**ours, **peers}, inputs, device)
-    return [
-        timing.row(
-            op="bn_act",
-            case=case.name,
-            dtype=case.dtype,
-            device=device,
-            backend=name,
-            pass_=pass_,
-            timing=times[name],
-            bytes_=bytes_,
-            flops=(7 if pass_ == "forward" else 15) * u.numel(),
-            peers={peer: times[peer] for peer in peers},
-            peak=timing.peak_mb(lambda function=function: function(*inputs[0]), device),  # type: ignore[misc]
-        )
-        for name, function in ours.items()
-    ]
+def _subject(case: cases.BnActCase, device: str, pass_: str) -> Subject:
+    n = torch.Size(case.shape).numel()
+    return Subject(
+        op="bn_act",
+        case=case.name,
+        dtype=case.dtype,
+        device=device,
+        pass_=pass_,
+        bytes_=_tensors(case)[pass_] * n * case.dtype.itemsize,
+        flops=(7 if pass_ == "forward" else 15) * n,
+        inputs=lambda seed: (case.grads(device), case.args(device, seed)),
+        ours=_pass(bn_act, pass_),
+        expected=lambda grads, args: _expected(case, grads, args, pass_),
+        peers={"eager": _pass(_eager, pass_), "clone": lambda grads, args: args["u"].clone()},
+    )
 
 
 def _pass(function: Callable[..., Any], pass_: str) -> Callable[..., Tensor]:
@@ -83,8 +56,7 @@ def _pass(function: Callable[..., Any], pass_: str) -> Callable[..., Tensor]:
     return forward if pass_ == "forward" else both
 
 
-def _expected(case: cases.BnActCase, input_: Any, pass_: str) -> Tensor:
-    grads, args = input_
+def _expected(case: cases.BnActCase, grads: Any, args: dict[str, Any], pass_: str) -> Tensor:
     saves = case.residual and case.act in ("relu", "relu6")
     y, _, _, mask = reference.bn_act(**args, save_mask=saves)
     if pass_ == "forward":

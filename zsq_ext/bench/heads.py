@@ -7,72 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zsq_ext.bench import timing
-from zsq_ext.core.progress import Progress
-from zsq_ext.ops import backend, cam_map, count_active, distill_head, reference
+from zsq_ext.bench.subject import Subject
+from zsq_ext.bench.timing import forced
+from zsq_ext.ops import cam_map, count_active, distill_head
 from zsq_ext.ops.cases import heads as cases
 
 _BOTH = "forward+backward"
 
 
-def rows(progress: Progress) -> list[dict[str, Any]]:
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    jobs: list[tuple[Callable[..., Any], Any, str]] = [
-        (run, case, device)
-        for device in devices
-        for run, table in ((_distill_row, cases.DISTILL_BENCH), (_map_row, cases.CAM_BENCH), (_count, cases.CAM_BENCH))
-        for case in table
-    ]
-    found = []
-    with progress.stage("heads", len(jobs)) as stage:
-        for run, case, device in jobs:
-            found += run(case, device)
-            stage.advance(note=case.name)
-    return found
-
-
-def _rows(
-    op: str,
-    case: Any,
-    device: str,
-    pass_: str,
-    ours: Callable[..., Tensor],
-    peers: dict[str, Callable[..., Tensor]],
-    make: Callable[[int], Any],
-    expected: Callable[[Any], Tensor],
-    bytes_: int,
-    flops: int,
-    tolerance: float,
-) -> list[dict[str, Any]]:
-    inputs = timing.copies(make, bytes_, device)
-    contenders: dict[str, Callable[..., Any]] = {}
-    for name in backend.NAMES:
-        interpreted = name == "triton" and device == "cpu"
-        if name == "reference" or interpreted or backend.reason_against(name, op, device, case.dtype):
-            continue
-        contenders[name] = timing.forced(name, ours)
-        what = f"{op} on {name}, {case.name}, {pass_}"
-        timing.assert_equal(what, contenders[name](*inputs[0]), expected(inputs[0]), tolerance)
-    times = timing.compare({**contenders, **peers}, inputs, device)
+def subjects(device: str) -> list[Subject]:
     return [
-        timing.row(
-            op=op,
-            case=case.name,
-            dtype=case.dtype,
-            device=device,
-            backend=name,
-            pass_=pass_,
-            timing=times[name],
-            bytes_=bytes_,
-            flops=flops,
-            peers={peer: times[peer] for peer in peers},
-            peak=timing.peak_mb(lambda function=function: function(*inputs[0]), device),  # type: ignore[misc]
-        )
-        for name, function in contenders.items()
+        *(_distill(case, device) for case in cases.DISTILL_BENCH),
+        *(_map(case, device) for case in cases.CAM_BENCH),
+        *(_count(case, device) for case in cases.CAM_BENCH),
     ]
 
 
-def _distill_row(case: cases.DistillCase, device: str) -> list[dict[str, Any]]:
+def _distill(case: cases.DistillCase, device: str) -> Subject:
     """Both terms and the student's gradient: both logits in, twice, and the gradient out."""
 
     def gradient(terms: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -83,21 +34,26 @@ def _distill_row(case: cases.DistillCase, device: str) -> list[dict[str, Any]]:
 
         return run
 
-    def ours(student: Tensor, *rest: Any) -> Any:
-        names = ("labels", "easy", "kd", "alpha", "temperature", "ce", "tau", "strict")
-        return distill_head(student, rest[0], **dict(zip(names, rest[1:], strict=True)))[:2]
-
-    def expected(args: Any) -> Tensor:
-        with backend.backend("reference"):
-            return gradient(ours)(*args)
+    def head(student: Tensor, teacher: Tensor, labels: Tensor, easy: Any, kd: str, *rest: Any) -> Any:
+        numbers = dict(zip(("alpha", "temperature", "ce", "tau", "strict"), rest, strict=True))
+        return distill_head(student, teacher, labels, easy=easy, kd=kd, **numbers)[:2]
 
     n = case.shape[0] * case.shape[1]
-    bytes_ = 5 * n * case.dtype.itemsize
-    # of the gradient's norm: the last bit of a 16-bit type, and 40 roundings of float32
-    tolerance = torch.finfo(case.dtype).eps if case.dtype.itemsize == 2 else 40 * 2**-24
-    peers = {"eager": gradient(_eager)}
-    make = lambda seed: case.args(device, seed)  # noqa: E731
-    return _rows("distill_head", case, device, _BOTH, gradient(ours), peers, make, expected, bytes_, 150 * n, tolerance)
+    return Subject(
+        op="distill_head",
+        case=case.name,
+        dtype=case.dtype,
+        device=device,
+        pass_=_BOTH,
+        bytes_=5 * n * case.dtype.itemsize,
+        flops=150 * n,  # of which 9 exponentials
+        inputs=lambda seed: case.args(device, seed),
+        ours=gradient(head),
+        expected=forced("reference", gradient(head)),
+        peers={"eager": gradient(_eager)},
+        # of the gradient's norm: the last bit of a 16-bit type, and 40 roundings of float32
+        tolerance=torch.finfo(case.dtype).eps if case.dtype.itemsize == 2 else 40 * 2**-24,
+    )
 
 
 def _eager(
@@ -121,7 +77,7 @@ def _eager(
     return divergence, ce * torch.where(trusted, each, 0).mean()
 
 
-def _map_row(case: cases.CamCase, device: str) -> list[dict[str, Any]]:
+def _map(case: cases.CamCase, device: str) -> Subject:
     """The map and the activation's gradient: one read and one write of its size."""
 
     def gradient(maps: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -137,23 +93,25 @@ def _map_row(case: cases.CamCase, device: str) -> list[dict[str, Any]]:
     def bmm(x: Tensor, alpha: Tensor) -> Tensor:
         return torch.bmm(alpha[:, None], x.float().flatten(2)).view(x.size(0), *x.shape[2:]).relu()
 
-    def make(seed: int) -> Any:
-        x, alpha, _ = case.args(device, seed)
-        return x, alpha, case.grad(device)
-
-    def expected(args: Any) -> Tensor:
-        with backend.backend("reference"):
-            return gradient(cam_map)(*args)
-
-    x = make(0)[0]
-    peers = {"eager": gradient(product), "bmm": gradient(bmm)}
-    # a sum near zero may pass the ReLU in one rounding and not in another: a few of many positions
-    return _rows(
-        "cam_map", case, device, _BOTH, gradient(cam_map), peers, make, expected, 2 * x.nbytes, 3 * x.numel(), 0.05
+    n = torch.Size(case.shape).numel()
+    return Subject(
+        op="cam_map",
+        case=case.name,
+        dtype=case.dtype,
+        device=device,
+        pass_=_BOTH,
+        bytes_=2 * n * case.dtype.itemsize,
+        flops=3 * n,
+        inputs=lambda seed: (*case.args(device, seed)[:2], case.grad(device)),
+        ours=gradient(cam_map),
+        expected=forced("reference", gradient(cam_map)),
+        peers={"eager": gradient(product), "bmm": gradient(bmm)},
+        # a sum near zero may pass the ReLU in one rounding and not in another: a few of many positions
+        tolerance=0.05,
     )
 
 
-def _count(case: cases.CamCase, device: str) -> list[dict[str, Any]]:
+def _count(case: cases.CamCase, device: str) -> Subject:
     def eager(x: Tensor) -> Tensor:
         active = x > 0
         if case.upper is not None:
@@ -163,13 +121,17 @@ def _count(case: cases.CamCase, device: str) -> list[dict[str, Any]]:
     def ours(x: Tensor) -> Tensor:
         return count_active(x, case.upper)
 
-    def make(seed: int) -> Any:
-        return (case.activation(device, seed),)
-
-    def expected(args: Any) -> Tensor:
-        return reference.count_active(args[0], case.upper)
-
-    x = make(0)[0]
-    return _rows(
-        "count_active", case, device, "forward", ours, {"eager": eager}, make, expected, x.nbytes, 2 * x.numel(), 0.0
+    n = torch.Size(case.shape).numel()
+    return Subject(
+        op="count_active",
+        case=case.name,
+        dtype=case.dtype,
+        device=device,
+        pass_="forward",
+        bytes_=n * case.dtype.itemsize,
+        flops=2 * n,
+        inputs=lambda seed: (case.activation(device, seed),),
+        ours=ours,
+        expected=forced("reference", ours),
+        peers={"eager": eager},
     )

@@ -116,6 +116,12 @@ def matmul_rate(device: str) -> float:
     return 2 * n**3 / (timing.ms / 1e3)
 
 
+def limits() -> dict[str, dict[str, float]]:
+    """What each device reached in this run: copying, and a matrix product in float32."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {d: {"copy_gb_s": copy_bandwidth(d) / 1e9, "matmul_gflop_s": matmul_rate(d) / 1e9} for d in devices}
+
+
 def peak_mb(function: Callable[[], Any], device: str) -> float | None:
     """What a call allocates beyond what was there, at its peak; None where the device does not count."""
     if device != "cuda":

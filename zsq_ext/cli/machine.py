@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -34,8 +36,6 @@ def ops(json: Json = None) -> None:
 
 def env(json: Json = None) -> None:
     """Shows the versions and devices that results depend on, as JSON."""
-    from pathlib import Path
-
     from zsq_ext.bench.timing import environment
 
     found = environment()
@@ -45,16 +45,42 @@ def env(json: Json = None) -> None:
 
 
 def bench(
-    suite: Annotated[str, typer.Option(help="Which suite to run.")] = "families",
+    suite: Annotated[str, typer.Option(help="families, the ops; or steps, one step of each engine.")] = "families",
+    only: Annotated[str | None, typer.Option(help="One family, such as fake_quant.")] = None,
+    inductor: Annotated[bool, typer.Option("--inductor", help="Also time torch.compile of the eager peers.")] = False,
+    compare: Annotated[
+        Path | None, typer.Option(help="An older --json file: shows what changed beyond the noise of both runs.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw a roofline into this SVG file.")] = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measures the ops, or the methods' steps, beside their peers on this machine."""
+    """Measures the ops, or the engines' steps, beside their peers on this machine."""
     from zsq_ext import bench as benches
+    from zsq_ext.bench import compare as comparing
+    from zsq_ext.bench import roofline
     from zsq_ext.core.progress import Progress
 
-    result = benches.run(suite, Progress(quiet=quiet))
+    before = None if compare is None else _result(compare)
+    if before is not None:
+        comparing.check(before, suite)
+    result = benches.run(suite, Progress(quiet=quiet), only=only, inductor=inductor)
+    compared = None if before is None else comparing.compare(before, result)
     write_json(json, result)
-    if not to_stdout(json):
-        header, *rows = benches.lines(result)
-        table(header, rows)
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot.write_text(roofline.draw(result, "cuda" if result["environment"]["gpu"] else "cpu"))
+    if to_stdout(json):
+        return
+    header, *rows = benches.lines(result) if compared is None else compared.lines()
+    table(header, rows)
+    if compared is not None:
+        typer.echo(str(compared))
+
+
+def _result(path: Path) -> Any:
+    """An older result, read before anything is measured."""
+    try:
+        return json_module.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--compare must be a file that zsq bench --json wrote, got {path}: {error}") from error

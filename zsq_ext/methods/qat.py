@@ -109,16 +109,14 @@ def inception(config: QatConfig, teacher: Teacher, centres: Tensor | None) -> Ob
     targets = teacher.statistics(centres, config.pixels.batch) if centres is not None and config.lbns > 0 else None
 
     def objective(seen: Context) -> Terms:
-        means, variances = teacher.target_means, teacher.target_variances
-        bns = bn_statistics_loss(seen.means, seen.variances, means, variances, form=config.bns_form)
+        bns = bn_statistics_loss(seen.statistics, teacher.target, form=config.bns_form)
         terms = {
             "hil": focal_ce(seen.logits, seen.labels, beta=config.beta, gamma=config.gamma),
             "bns": config.bns * bns,
         }
         if targets is not None:
-            terms["lbns"] = config.lbns * layered_bn_statistics_loss(
-                seen.means, seen.variances, *targets, divide_by=config.lbns_divide_by
-            )
+            lbns = layered_bn_statistics_loss(seen.statistics, targets, divide_by=config.lbns_divide_by)
+            terms["lbns"] = config.lbns * lbns
         return terms
 
     return objective
@@ -128,7 +126,7 @@ def calibration_centres(job: Job, config: QatConfig, teacher: Teacher) -> Tensor
     """One image per class, in order: 5 CE + the layered BN statistics (TexQ's idea, SynQ's form)."""
 
     def objective(seen: Context) -> Terms:
-        bns = calibration_centre_loss(seen.means, seen.variances, teacher.target_means, teacher.target_variances)
+        bns = calibration_centre_loss(seen.statistics, teacher.target)
         return {"ce": 5 * cross_entropy(seen.logits, seen.labels), "bns": bns}
 
     labels = torch.arange(job.num_classes, device=job.device)

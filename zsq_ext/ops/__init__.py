@@ -1,18 +1,27 @@
 """The ops: fast, bit-exact across backends, and usable alone under autograd, compile and export."""
 
+from zsq_ext.ops.adaround import adaround, adaround_many, adaround_start
 from zsq_ext.ops.bn_act import bn_act, channel_sums, statistics_of
 from zsq_ext.ops.fake_quant import fake_quant
 from zsq_ext.ops.heads_cam import cam_map, count_active
 from zsq_ext.ops.heads_distill import KD_SCALINGS, Distilled, distill_head
+from zsq_ext.ops.image import resize_crops, view_images
+from zsq_ext.ops.qdrop import qdrop
 
 __all__ = [
     "KD_SCALINGS",
     "Distilled",
+    "adaround",
+    "adaround_many",
+    "adaround_start",
     "bn_act",
     "cam_map",
     "channel_sums",
     "count_active",
     "distill_head",
     "fake_quant",
+    "qdrop",
+    "resize_crops",
     "statistics_of",
+    "view_images",
 ]

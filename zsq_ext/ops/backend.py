@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from zsq_ext.ops.layout import head
+
 NAMES = ("reference", "cpu", "cuda", "triton")
 
 # What `auto` tries on a device, fastest first. A device that is not listed gets the reference.
@@ -123,14 +125,16 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Registers an op with torch, once for all devices, and returns it.
 
     Args:
-        schema: `name(Tensor x, ...) -> Tensor`; the first tensor's device and dtype decide who may run it.
+        schema: `name(Tensor x, ...) -> Tensor`; the first tensor's device and dtype decide who may run it. It may be
+            the first of a list.
         fake: same arguments, returns empty tensors like the result; what compile and export trace with.
     """
     name = schema.partition("(")[0]
     OPS[name] = schema
 
-    def run(first: torch.Tensor, *rest: Any) -> Any:
-        return find(name, first.device.type, first.dtype, _choice)(first, *rest)
+    def run(first: torch.Tensor | list[torch.Tensor], *rest: Any) -> Any:
+        decides = head(first)
+        return find(name, decides.device.type, decides.dtype, _choice)(first, *rest)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")

@@ -28,6 +28,8 @@ class _Call:
 
 _call = _Call()
 
+adaround = partial(native.adaround, _call)
+adaround_backward = partial(native.adaround_backward, _call)
 fake_quant = partial(native.fake_quant, _call)
 fake_quant_backward = partial(native.fake_quant_backward, _call)
 fake_quant_lsq_backward = partial(native.fake_quant_lsq_backward, _call)
@@ -40,3 +42,9 @@ distill_head_backward = partial(native.distill_head_backward, _call)
 cam_map = partial(native.cam_map, _call)
 cam_map_backward = partial(native.cam_map_backward, _call)
 count_active = partial(native.count_active, _call)
+qdrop = partial(native.qdrop, _call)
+qdrop_backward = partial(native.qdrop_backward, _call)
+view_images = partial(native.view_images, _call)
+view_images_backward = partial(native.view_images_backward, _call)
+resize_crops = partial(native.resize_crops, _call)
+resize_crops_backward = partial(native.resize_crops_backward, _call)

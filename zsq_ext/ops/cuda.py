@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops import native
-from zsq_ext.ops.layout import DTYPE_CODE
+from zsq_ext.ops.layout import DTYPE_CODE, head
 
 
 def missing() -> str | None:
@@ -42,13 +42,15 @@ _call = _Call()
 
 
 def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
-    def run(first: Tensor, *rest: Any) -> Any:
-        with torch.cuda.device_of(first):
+    def run(first: Tensor | list[Tensor], *rest: Any) -> Any:
+        with torch.cuda.device_of(head(first)):
             return op(_call, first, *rest)
 
     return run
 
 
+adaround = _on_its_device(native.adaround)
+adaround_backward = _on_its_device(native.adaround_backward)
 fake_quant = _on_its_device(native.fake_quant)
 fake_quant_backward = _on_its_device(native.fake_quant_backward)
 fake_quant_lsq_backward = _on_its_device(native.fake_quant_lsq_backward)
@@ -61,3 +63,9 @@ distill_head_backward = _on_its_device(native.distill_head_backward)
 cam_map = _on_its_device(native.cam_map)
 cam_map_backward = _on_its_device(native.cam_map_backward)
 count_active = _on_its_device(native.count_active)
+qdrop = _on_its_device(native.qdrop)
+qdrop_backward = _on_its_device(native.qdrop_backward)
+view_images = _on_its_device(native.view_images)
+view_images_backward = _on_its_device(native.view_images_backward)
+resize_crops = _on_its_device(native.resize_crops)
+resize_crops_backward = _on_its_device(native.resize_crops_backward)

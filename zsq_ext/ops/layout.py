@@ -1,6 +1,7 @@
 """How a tensor is handed to code that knows only pointers: dense memory, seen as [outer, channels, inner]."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +18,14 @@ COMPUTE = {
 }
 
 
+def head(first: Tensor | list[Tensor]) -> Tensor:
+    """The tensor whose device and dtype decide for an op: its first argument, or the first of that list."""
+    return first[0] if isinstance(first, list) else first
+
+
 def in_layout_of(out: Tensor, t: Tensor) -> Tensor:
     """t itself where its elements lie in memory as out's do, else a copy that does. out is dense."""
-    return t if t.stride() == out.stride() else torch.empty_like(out).copy_(t)
+    return t if t.stride() == out.stride() else torch.empty_like(out, dtype=t.dtype).copy_(t)
 
 
 def channels_of(out: Tensor, scale: Tensor, axis: int | None) -> tuple[int, int]:
@@ -43,10 +49,11 @@ def arranged(t: Tensor, last: bool) -> Tensor:
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if last else t.contiguous()
 
 
-def empty_arranged(u: Tensor, last: bool) -> Tensor:
-    """Memory for a tensor of u's shape and dtype in the order of `arranged`."""
+def empty_arranged(u: Tensor, last: bool, size: Sequence[int] | None = None) -> Tensor:
+    """Memory for a tensor of u's shape, or (N, C, *size), and of its dtype in the order of `arranged`."""
     order = (0, *range(2, u.dim()), 1) if last else tuple(range(u.dim()))
-    return torch.empty_permuted(u.shape, order, dtype=u.dtype, device=u.device)
+    shape = u.shape if size is None else (*u.shape[:2], *size)
+    return torch.empty_permuted(shape, order, dtype=u.dtype, device=u.device)
 
 
 def rows_of(u: Tensor) -> tuple[int, int]:
@@ -63,3 +70,15 @@ def places_of(u: Tensor) -> tuple[int, int, int, bool]:
     n, c, *spatial = u.shape
     places = math.prod(spatial)
     return n, c, places, places == 1 or channels_last(u)
+
+
+def empty_rows(v: Tensor, channels: int, axis: int | None) -> Tensor:
+    """Dense memory of v's shape and dtype in which each of the channels along `axis` is one stretch.
+
+    v's own order where it is like that, as a weight's is along its first dimension.
+    """
+    out = torch.empty_like(v)
+    if axis is None or channels == 1 or out.stride(axis) * channels == out.numel():
+        return out
+    order = (axis % v.dim(), *(dim for dim in range(v.dim()) if dim != axis % v.dim()))
+    return torch.empty_permuted(v.shape, order, dtype=v.dtype, device=v.device)

@@ -1,9 +1,7 @@
 """Random resized crop and flip for a whole batch at once, differentiable, on the images' device.
 
-Every image gets its own crop. Bilinear resizing is separable and linear, so cropping, resizing and flipping
-are together one matrix per axis and image, and the batch is augmented by two batched matrix products.
-Compared with a `grid_sample` this makes the backward pass deterministic (no scattered additions) and a
-full-size crop exact.
+Every image gets its own crop. `zsq_ext.ops.resize_crops` cuts, resizes and flips them all in one read; compared with a
+`grid_sample` its backward pass is deterministic (no scattered additions) and a full-size crop is exact.
 
 Sampling convention, that of torchvision's `resized_crop` on tensors without antialiasing
 (`align_corners=False`): output pixel o of `size` reads the crop at (o + 1/2) * extent / size - 1/2, clamped
@@ -15,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from zsq_ext import ops
 
 ATTEMPTS = 10
 """Draws per image before the central fallback crop, as in torchvision."""
@@ -92,17 +92,15 @@ def draw_crops(
 
 
 def resize_crops(x: Tensor, crops: Crops, size: tuple[int, int] | None = None) -> Tensor:
-    """Cut one crop per image, resize it bilinearly and flip it where asked.
-
-        y_b = R_b x_b C_b^T,  with the rows of R_b and C_b holding the bilinear weights of one output row or column
+    """Cut one crop per image, resize it bilinearly and flip it where asked: `zsq_ext.ops.resize_crops`.
 
     Args:
-        x: images (B, C, H, W), floating point. A NaN or infinite pixel spreads over its row and column.
+        x: images (B, C, H, W), floating point. A NaN or infinite pixel reaches the pixels that read it, and no other.
         crops: from `draw_crops`, or made by hand; moved to x's device.
         size: (H_out, W_out); None keeps (H, W).
 
     Returns:
-        (B, C, H_out, W_out) in x's dtype, differentiable in x. The weights and products are fp32 or wider.
+        (B, C, H_out, W_out) in x's dtype and memory format, differentiable in x. Computed in fp32 or wider.
 
     Raises:
         ValueError: x not (B, C, H, W), or crops for another number of images.
@@ -111,18 +109,8 @@ def resize_crops(x: Tensor, crops: Crops, size: tuple[int, int] | None = None) -
         raise ValueError(
             f"resize_crops: x must be (B, C, H, W) with B = {crops.top.shape[0]} crops, got shape {tuple(x.shape)}"
         )
-    batch, channels, full_height, full_width = x.shape
-    height, width = (full_height, full_width) if size is None else size
-    crops = Crops(*(field.to(x.device, non_blocking=True) for field in crops))
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    rows = _bilinear_weights(crops.top, crops.height, full_height, height, dtype)
-    columns = _bilinear_weights(crops.left, crops.width, full_width, width, dtype)
-    columns = torch.where(crops.flip[:, None, None], columns.flip(1), columns)
-    with torch.autocast(x.device.type, enabled=False):
-        # across first, all channels of an image in one product
-        wide = x.to(dtype).reshape(batch, channels * full_height, full_width) @ columns.mT
-        tall = rows[:, None] @ wide.view(batch, channels, full_height, width)
-    return tall.to(x.dtype)
+    here = Crops(*(field.to(x.device, non_blocking=True) for field in crops))
+    return ops.resize_crops(x, *here, (x.shape[2], x.shape[3]) if size is None else size)
 
 
 def random_resized_crop_flip(
@@ -161,16 +149,6 @@ def random_resized_crop_flip(
         raise ValueError(f"random_resized_crop_flip: x must be (B, C, H, W), got shape {tuple(x.shape)}")
     crops = draw_crops(x.shape[0], (x.shape[2], x.shape[3]), generator, scale, ratio, flip)
     return resize_crops(x, crops, size)
-
-
-def _bilinear_weights(start: Tensor, extent: Tensor, full: int, size: int, dtype: torch.dtype) -> Tensor:
-    """(B, size, full) weights that resize positions start .. start + extent - 1 of an axis to `size` pixels."""
-    start, extent = start[:, None].to(dtype), extent[:, None].to(dtype)
-    output = torch.arange(size, device=start.device, dtype=dtype)
-    inside = ((output + 0.5) * (extent / size) - 0.5).clamp_min(0).minimum(extent - 1)
-    pixel = torch.arange(full, device=start.device, dtype=dtype)
-    # a hat of width one around the read position: the two bilinear weights, zero elsewhere
-    return (1 - ((start + inside)[:, :, None] - pixel).abs()).clamp_min(0)
 
 
 def _central_crop(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:

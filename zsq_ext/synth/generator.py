@@ -112,7 +112,7 @@ def train_generator(
 
     Source: GDFQ (Xu et al. 2020), equations 5-8; released code of SynQ, HAST and IntraQ for the use as calibration.
     """
-    device = teacher.target_means[0].device
+    device = teacher.target.mean.device
     # torch initialises layers from its global stream only, so that one is borrowed: the host's alone, no device's
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(stage.stream("generator").initial_seed())
@@ -126,7 +126,7 @@ def train_generator(
         labels = torch.randint(num_classes, (config.batch,), generator=draw, device=device)
         images = generator(z, labels)
         context = teacher.observe(images, labels)
-        bns = bn_statistics_loss(context.means, context.variances, teacher.target_means, teacher.target_variances)
+        bns = bn_statistics_loss(context.statistics, teacher.target)
         terms = {"ce": cross_entropy(context.logits, labels), "bns": config.bns * bns}
         gradients = torch.autograd.grad(terms["ce"] + terms["bns"], parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -5,8 +5,12 @@ Shapes: N samples, C channels, K classes, L batch-norm layers. A layer's statist
 fp64 inputs) whatever the images are.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,110 +25,32 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-# Statistics of a BN input
-
-
-def channel_sums(u: Tensor, centre: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
-    """Shifted sums per channel; they add across batches and processes.
-
-        S1 = sum (u - centre),     S2 = sum (u - centre)^2
-
-    Args:
-        u: (N, C) or (N, C, ...), floating point.
-        centre: (C,), the BN's running mean. A centre near the true mean keeps the variance's digits, which
-            the textbook E[u^2] - E[u]^2 loses. None means 0.
-
-    Returns:
-        S1 and S2, (C,), and the count of values per channel.
-
-    Raises:
-        ValueError: u without a channel axis, or without values.
-    """
-    if u.ndim < 2 or u.numel() == 0:
-        raise ValueError(f"channel_sums: u must be a non-empty (N, C, ...), got shape {tuple(u.shape)}")
-    u = widen(u)
-    if centre is not None:
-        u = u - centre.to(u.dtype).view(1, -1, *[1] * (u.ndim - 2))
-    axes = [0, *range(2, u.ndim)]
-    return u.sum(axes), u.square().sum(axes), u.numel() // u.shape[1]
-
-
-def statistics_of_sums(s1: Tensor, s2: Tensor, count: int, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance from the sums of `channel_sums`.
-
-        mean = centre + S1 / n,     variance = S2 / n - (S1 / n)^2, never below zero
-
-    Args:
-        s1, s2: shifted sums (C,).
-        count: n, values per channel behind the sums.
-        centre: the shift they were taken with; None means 0.
-
-    Returns:
-        (mean, variance), (C,) each.
-    """
-    shift = s1 / count
-    variance = (s2 / count - shift.square()).clamp_min(0)
-    return (shift if centre is None else centre.to(shift.dtype) + shift), variance
-
-
-def channel_statistics(u: Tensor, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and biased variance of a BN input.
-
-    Args:
-        u: (N, C) or (N, C, ...), floating point.
-        centre: (C,), the BN's running mean, for accuracy only; see `channel_sums`.
-
-    Returns:
-        (mean, variance), (C,) each, differentiable.
-
-    Raises:
-        ValueError: u without a channel axis, or without values.
-
-    Example:
-        >>> channel_statistics(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
-        (tensor([2., 5.]), tensor([1., 0.]))
-    """
-    return statistics_of_sums(*channel_sums(u, centre), centre)
-
-
-def merge_statistics(
-    means: Sequence[Tensor], variances: Sequence[Tensor], counts: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the concatenation of several batches (law of total variance).
-
-        mean = sum_b n_b m_b / n,     variance = sum_b n_b (v_b + (m_b - mean)^2) / n
-
-    Args:
-        means, variances: one (C,) each per batch, biased variances.
-        counts: batch sizes n_b in any common unit (images, or values per channel), > 0.
-
-    Returns:
-        (mean, variance), (C,) each.
-
-    Raises:
-        ValueError: no batches, differing numbers of them, or a count that is not positive.
-    """
-    if not means or not len(means) == len(variances) == len(counts):
-        raise ValueError(
-            "merge_statistics: means, variances and counts must have the same length, at least one, "
-            f"got {len(means)}, {len(variances)}, {len(counts)}"
-        )
-    if min(counts) <= 0:
-        raise ValueError(f"merge_statistics: counts must be positive, got {min(counts)}")
-    shares = [n / sum(counts) for n in counts]
-    mean = torch.stack([m * share for m, share in zip(means, shares, strict=True)]).sum(0)
-    parts = zip(means, variances, shares, strict=True)
-    return mean, torch.stack([(v + (m - mean).square()) * share for m, v, share in parts]).sum(0)
-
-
 # Batch-norm statistics losses
 
 
+class Statistics(NamedTuple):
+    """Per-channel mean and biased variance of what enters every batch norm, all layers one behind the other.
+
+    One tensor for all layers makes a loss a handful of operations, however deep the network is.
+
+    Args:
+        mean, variance: (sum of C_l,).
+        channels: C_l of every layer.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    channels: tuple[int, ...]
+
+    @classmethod
+    def of(cls, means: Sequence[Tensor], variances: Sequence[Tensor]) -> Statistics:
+        """From one (C_l,) each per layer, at least one layer."""
+        return cls(torch.cat(list(means)), torch.cat(list(variances)), tuple(len(mean) for mean in means))
+
+
 def bn_statistics_loss(
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    target_means: Sequence[Tensor],
-    target_variances: Sequence[Tensor],
+    found: Statistics,
+    target: Statistics,
     *,
     form: str = "mean_var",
     weights: Sequence[float] | None = None,
@@ -136,8 +62,8 @@ def bn_statistics_loss(
         mean_std:  (1/L) sum_l w_l [ sum_c (m - mu)^2 + sum_c (sqrt(v + e) - sqrt(var + e))^2 ]
 
     Args:
-        means, variances: the images', one (C_l,) per layer, from `channel_statistics`.
-        target_means, target_variances: the teacher's running statistics, same shapes.
+        found: the images' statistics.
+        target: the teacher's running statistics.
         form: "mean_var" (released code of SynQ, HAST and GDFQ) or "mean_std" (SynQ's equation 1).
         weights: w_l per layer; None means 1.
         std_eps: e, which keeps the gradient of the square root finite in a constant channel.
@@ -147,25 +73,24 @@ def bn_statistics_loss(
         k = 2 w_l / (L C n), b = 2 k (v - var), a = k [(m - mu) - 2 (v - var) m].
 
     Raises:
-        ValueError: unknown form, differing numbers of layers, or none.
+        ValueError: unknown form, or other layers in one than in the other.
 
     Source: SynQ (arXiv 2603.18423), eq. 1, and its released code.
     """
-    layers = _check_layers("bn_statistics_loss", means, variances, target_means, target_variances)
+    layers = _check_layers("bn_statistics_loss", found, target)
     if form not in ("mean_var", "mean_std"):
         raise ValueError(f'bn_statistics_loss: form must be "mean_var" or "mean_std", got {form!r}')
     if weights is None:
         weights = [1.0] * layers
     elif len(weights) != layers:
         raise ValueError(f"bn_statistics_loss: weights must have one value per layer ({layers}), got {len(weights)}")
-    distances = []
-    for w, m, v, mu, var in zip(weights, means, variances, target_means, target_variances, strict=True):
-        if form == "mean_var":
-            distances.append(w * (F.mse_loss(m, mu) + F.mse_loss(v, var)))
-        else:
-            gap = (v + std_eps).sqrt() - (var + std_eps).sqrt()
-            distances.append(w * ((m - mu).square().sum() + gap.square().sum()))
-    return torch.stack(distances).mean()
+    if form == "mean_var":
+        shares = tuple(w / (layers * c) for w, c in zip(weights, found.channels, strict=True))
+        gap = found.variance - target.variance
+    else:
+        shares = tuple(w / layers for w in weights)
+        gap = (found.variance + std_eps).sqrt() - (target.variance + std_eps).sqrt()
+    return _weighted(found, target, gap, shares)
 
 
 def split_index(layers: int) -> int:
@@ -185,21 +110,14 @@ def split_index(layers: int) -> int:
     return (layers + 2) // 2 - 2
 
 
-def layered_bn_statistics_loss(
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    centre_means: Sequence[Tensor],
-    centre_variances: Sequence[Tensor],
-    *,
-    divide_by: str = "layers",
-) -> Tensor:
+def layered_bn_statistics_loss(found: Statistics, centres: Statistics, *, divide_by: str = "layers") -> Tensor:
     """Distance of the deep layers' statistics from those of the calibration centres (L-BNS).
 
         sum over n >= split_index(L) of [ mean_c (m - m_centre)^2 + mean_c (v - v_centre)^2 ], divided
 
     Args:
-        means, variances: the images', one (C_l,) per layer, all L layers.
-        centre_means, centre_variances: the centres' over all of them, from `merge_statistics`.
+        found: the images' statistics, all L layers.
+        centres: those of all calibration centres together.
         divide_by: "layers" divides by L; "released" by L * 256, which with the published weight of 0.02 makes the term
             vanish.
 
@@ -207,18 +125,17 @@ def layered_bn_statistics_loss(
         The loss.
 
     Raises:
-        ValueError: unknown divide_by, differing numbers of layers, or fewer than 2.
+        ValueError: unknown divide_by, other layers in one than in the other, or fewer than 2.
 
     Source: SynQ's released code, after TexQ.
     """
-    layers = _check_layers("layered_bn_statistics_loss", means, variances, centre_means, centre_variances)
+    layers = _check_layers("layered_bn_statistics_loss", found, centres)
     divisors = {"layers": layers, "released": layers * RELEASED_LBNS_BATCH}
     if divide_by not in divisors:
         raise ValueError(f'layered_bn_statistics_loss: divide_by must be "layers" or "released", got {divide_by!r}')
-    deep = slice(split_index(layers), None)
-    pairs = zip(means[deep], variances[deep], centre_means[deep], centre_variances[deep], strict=True)
-    distances = [F.mse_loss(m, mu) + F.mse_loss(v, var) for m, v, mu, var in pairs]
-    return torch.stack(distances).sum() / divisors[divide_by]
+    split, divisor = split_index(layers), divisors[divide_by]
+    shares = tuple(0.0 if n < split else 1 / (c * divisor) for n, c in enumerate(found.channels))
+    return _weighted(found, centres, found.variance - centres.variance, shares)
 
 
 def calibration_centre_weights(layers: int, shallow: float = 0.2, deep: float = 1.1) -> list[float]:
@@ -236,12 +153,7 @@ def calibration_centre_weights(layers: int, shallow: float = 0.2, deep: float = 
     return [shallow] * split + [deep] * (layers - split)
 
 
-def calibration_centre_loss(
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    target_means: Sequence[Tensor],
-    target_variances: Sequence[Tensor],
-) -> Tensor:
+def calibration_centre_loss(found: Statistics, target: Statistics) -> Tensor:
     """The BN term of the calibration centres, `bn_statistics_loss` with `calibration_centre_weights`.
 
         (1/L) sum_l w_l [ mean_c (m - mu)^2 + mean_c (v - var)^2 ],     w_l = 0.2 shallow, 1.1 deep
@@ -256,8 +168,25 @@ def calibration_centre_loss(
 
     Source: SynQ's released code, after TexQ.
     """
-    weights = calibration_centre_weights(len(means))
-    return bn_statistics_loss(means, variances, target_means, target_variances, weights=weights)
+    return bn_statistics_loss(found, target, weights=calibration_centre_weights(len(found.channels)))
+
+
+def _weighted(found: Statistics, target: Statistics, gap: Tensor, shares: tuple[float, ...]) -> Tensor:
+    """The squared gaps of mean and spread, summed with one weight per layer."""
+    mean = found.mean
+    each = (mean - target.mean).square() + gap.square()
+    return (_by_channel(shares, found.channels, mean.dtype, mean.device) * each).sum()
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _by_channel(
+    values: tuple[float, ...], channels: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """One value per layer, repeated for its channels. Kept, because a copy from the host at every step would be one
+    that a CUDA graph cannot hold."""
+    repeated = torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(channels))
+    return repeated.to(device, dtype)
 
 
 # Inception losses: the images must belong to their label
@@ -339,11 +268,10 @@ def focal_ce(
     return each.mean() if reduction == "mean" else each
 
 
-def _check_layers(function: str, *lists: Sequence[Tensor]) -> int:
-    lengths = {len(values) for values in lists}
-    if len(lengths) != 1 or lengths == {0}:
+def _check_layers(function: str, found: Statistics, target: Statistics) -> int:
+    if found.channels != target.channels:
         raise ValueError(
-            f"{function}: statistics and targets must have the same number of layers, at least one, "
-            f"got {', '.join(str(len(values)) for values in lists)}"
+            f"{function}: statistics and targets must have the same layers, "
+            f"got channels {found.channels} and {target.channels}"
         )
-    return lengths.pop()
+    return len(found.channels)

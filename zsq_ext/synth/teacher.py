@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from zsq_ext.quant.graph import attribute, batch_norms, with_taps
-from zsq_ext.synth.objectives import channel_statistics, merge_statistics
+from zsq_ext.quant.fuse import fuse_with_statistics
+from zsq_ext.quant.graph import attribute, batch_norms, find
+from zsq_ext.synth.objectives import Statistics
 
 
 @dataclass(frozen=True)
 class Context:
     """What an objective of image synthesis sees after one forward of the teacher.
 
-    ``means`` and ``variances`` hold one (C_l,) tensor per batch norm, in execution order: the biased statistics of its
-    input over the batch.
+    ``statistics`` are those of every batch norm's input over the batch.
     """
 
     images: Tensor
     labels: Tensor
     logits: Tensor
-    means: list[Tensor]
-    variances: list[Tensor]
+    statistics: Statistics
 
 
 class Teacher:
-    """A captured network, frozen, with taps on the input of every batch norm.
+    """A captured network, frozen, that shows the statistics of what enters its batch norms.
 
     Args:
         module: what ``capture`` returned.
+
+    Attributes:
+        target: the statistics that the batch norms have stored.
 
     Raises:
         ValueError: the network has no batch norm, so it stores nothing that images could be matched to.
@@ -44,26 +47,41 @@ class Teacher:
                 "pass images=... to use images of your own"
             )
         self.module = module
-        self._tapped = with_taps(module, [tap.input for tap in taps])
-        self.target_means = [attribute(module, str(tap.mean)).float() for tap in taps]
-        self.target_variances = [attribute(module, str(tap.var)).float() for tap in taps]
+        self._fused = fuse_with_statistics(module)
+        self.target = Statistics.of(
+            [attribute(module, str(tap.mean)).float() for tap in taps],
+            [attribute(module, str(tap.var)).float() for tap in taps],
+        )
+        # how many values of an image each channel's sums add up
+        places = [math.prod(int(n) for n in find(module, tap.input).meta["val"].shape[2:]) for tap in taps]
+        channels = torch.tensor(self.target.channels)
+        self._places = torch.tensor(places).repeat_interleave(channels).to(self.target.mean)
+
+    def sums(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward, differentiable in the images.
+
+        Returns:
+            The logits, and (S1, S2) of all layers, (sum of C_l,) each: sums over the batch of u - mean and of its
+            square, shifted by the stored means. They add across batches and processes.
+        """
+        logits, s1, s2 = self._fused(images)
+        return logits, torch.cat(s1), torch.cat(s2)
+
+    def statistics_of(self, s1: Tensor, s2: Tensor, images: int) -> Statistics:
+        """Mean and biased variance per channel from the sums over that many images."""
+        count = self._places * images
+        shift = s1 / count
+        variance = (s2 / count - shift.square()).clamp_min(0)
+        return Statistics(self.target.mean + shift, variance, self.target.channels)
 
     def observe(self, images: Tensor, labels: Tensor) -> Context:
         """One forward, differentiable in the images."""
-        logits, inputs = self._tapped(images)
-        statistics = [channel_statistics(u, mu) for u, mu in zip(inputs, self.target_means, strict=True)]
-        return Context(images, labels, logits, [mean for mean, _ in statistics], [var for _, var in statistics])
+        logits, s1, s2 = self.sums(images)
+        return Context(images, labels, logits, self.statistics_of(s1, s2, len(images)))
 
     @torch.no_grad()
-    def statistics(self, images: Tensor, batch: int) -> tuple[list[Tensor], list[Tensor]]:
+    def statistics(self, images: Tensor, batch: int) -> Statistics:
         """Statistics of every batch norm's input over a whole image set (N, C, H, W), read ``batch`` at a time."""
-        parts, counts = [], []
-        for chunk in images.split(batch):
-            context = self.observe(chunk, torch.zeros(len(chunk), dtype=torch.int64, device=chunk.device))
-            parts.append((context.means, context.variances))
-            counts.append(len(chunk))
-        merged = [
-            merge_statistics([m[layer] for m, _ in parts], [v[layer] for _, v in parts], counts)
-            for layer in range(len(self.target_means))
-        ]
-        return [mean for mean, _ in merged], [var for _, var in merged]
+        sums = [torch.stack(self.sums(chunk)[1:]) for chunk in images.split(batch)]
+        s1, s2 = torch.stack(sums).sum(0)
+        return self.statistics_of(s1, s2, len(images))

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from zsq_ext.core.check import require
 from zsq_ext.core.steps import Terms
 from zsq_ext.ops import KD_SCALINGS, distill_head
+from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.graph import attribute, with_taps
 from zsq_ext.quant.structure import ClassifierTail, cam_layer, classifier_tail, feature_maps
 from zsq_ext.tune.cam import ALPHA_FLOOR, autograd_alpha, bn_slope, cam_classes, cam_loss, closed_form_alpha
@@ -57,20 +58,23 @@ class Distiller:
         teacher: the captured float network.
         student: the prepared network; its graph is the teacher's with quantizers, so node names are shared.
         config: terms and ideas.
+        fused: False runs both networks operator by operator, as they were captured; to measure against.
 
     Raises:
         ValueError: CAM alignment is on and the network has no convolution with a map larger than 1 x 1, or feature
             alignment is on and it has no batch norm.
     """
 
-    def __init__(self, teacher: fx.GraphModule, student: fx.GraphModule, config: DistillConfig) -> None:
+    def __init__(
+        self, teacher: fx.GraphModule, student: fx.GraphModule, config: DistillConfig, *, fused: bool = True
+    ) -> None:
         self.config = config
         self._align = config.find(FeatureAlign)
         self._cam = config.find(CamAlign)
         self._perturb = config.find(Perturb)
         self._soft = config.find(SoftLabels)
-        self._teacher = _Network(teacher, self._align is not None, self._cam is not None)
-        self._student = _Network(student, self._align is not None, self._cam is not None)
+        self._teacher = _Network(teacher, self._align is not None, self._cam is not None, fused)
+        self._student = _Network(student, self._align is not None, self._cam is not None, fused)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Terms:
         """Loss terms of one batch, each already times its weight; their sum is the loss.
@@ -149,7 +153,7 @@ class _Seen:
 class _Network:
     """A network with taps on the maps that the losses compare."""
 
-    def __init__(self, module: fx.GraphModule, align: bool, cam: bool) -> None:
+    def __init__(self, module: fx.GraphModule, align: bool, cam: bool, fused: bool = True) -> None:
         self.module = module
         self.calls = 0
         self._features = feature_maps(module) if align else []
@@ -163,7 +167,8 @@ class _Network:
         if cam:
             self._tail = classifier_tail(module)
             self._cam = _cam_nodes(module, self._tail)
-        self._tapped = with_taps(module, [*self._features, *self._cam.values()])
+        tapped = with_taps(module, [*self._features, *self._cam.values()])
+        self._tapped = fuse(tapped) if fused else tapped
 
     def run(self, images: Tensor, with_grad: bool = False, maps: bool = False) -> _Seen:
         """One forward.

@@ -49,8 +49,8 @@ class DistillCase:
             teacher = 40 * teacher
         if self.values == "special":
             for sample, odd in enumerate((torch.nan, -torch.nan, -torch.inf)):
-                student[sample, sample % classes] = odd
-                teacher[sample + 3, (sample + 1) % classes] = odd
+                student[sample, (9 * sample + 5) % classes] = odd
+                teacher[sample + 3, (9 * sample + 6) % classes] = odd
         both = [LAYOUTS[self.layout](t.to(self.dtype).to(device)) for t in (student, teacher)]
         drawn = torch.randint(classes, (samples,), generator=rng)
         likely = teacher.nan_to_num().argmax(1) if classes else drawn

@@ -5,11 +5,16 @@ have each for themselves: `call(op, *fields)` runs an op of the native module on
 `call.with_workspace(op, *fields)` also gives it the memory that its sums want, where a backend keeps it outside.
 """
 
+from zsq_ext.ops.native.adaround import adaround, adaround_backward
 from zsq_ext.ops.native.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
 from zsq_ext.ops.native.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
 from zsq_ext.ops.native.heads import cam_map, cam_map_backward, count_active, distill_head, distill_head_backward
+from zsq_ext.ops.native.image import resize_crops, resize_crops_backward, view_images, view_images_backward
+from zsq_ext.ops.native.qdrop import qdrop, qdrop_backward
 
 __all__ = [
+    "adaround",
+    "adaround_backward",
     "bn_act",
     "bn_act_backward",
     "cam_map",
@@ -24,6 +29,12 @@ __all__ = [
     "fake_quant_lsq_backward",
     "module",
     "problem",
+    "qdrop",
+    "qdrop_backward",
+    "resize_crops",
+    "resize_crops_backward",
+    "view_images",
+    "view_images_backward",
 ]
 
 problem: str | None = None

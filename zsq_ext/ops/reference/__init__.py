@@ -6,11 +6,16 @@ argument order, and give the same bits.
 
 import torch
 
+from zsq_ext.ops.reference.adaround import adaround, adaround_backward
 from zsq_ext.ops.reference.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
 from zsq_ext.ops.reference.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
 from zsq_ext.ops.reference.heads import cam_map, cam_map_backward, count_active, distill_head, distill_head_backward
+from zsq_ext.ops.reference.image import resize_crops, resize_crops_backward, view_images, view_images_backward
+from zsq_ext.ops.reference.qdrop import qdrop, qdrop_backward
 
 __all__ = [
+    "adaround",
+    "adaround_backward",
     "bn_act",
     "bn_act_backward",
     "cam_map",
@@ -24,7 +29,13 @@ __all__ = [
     "fake_quant_backward",
     "fake_quant_lsq_backward",
     "missing",
+    "qdrop",
+    "qdrop_backward",
     "refuses",
+    "resize_crops",
+    "resize_crops_backward",
+    "view_images",
+    "view_images_backward",
 ]
 
 

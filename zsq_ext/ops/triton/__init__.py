@@ -5,11 +5,16 @@ import os
 
 import torch
 
+from zsq_ext.ops.triton.adaround import adaround, adaround_backward
 from zsq_ext.ops.triton.bn_act import bn_act, bn_act_backward, channel_sums, channel_sums_backward
 from zsq_ext.ops.triton.fake_quant import fake_quant, fake_quant_backward, fake_quant_lsq_backward
 from zsq_ext.ops.triton.heads import cam_map, cam_map_backward, count_active, distill_head, distill_head_backward
+from zsq_ext.ops.triton.image import resize_crops, resize_crops_backward, view_images, view_images_backward
+from zsq_ext.ops.triton.qdrop import qdrop, qdrop_backward
 
 __all__ = [
+    "adaround",
+    "adaround_backward",
     "bn_act",
     "bn_act_backward",
     "cam_map",
@@ -23,7 +28,13 @@ __all__ = [
     "fake_quant_backward",
     "fake_quant_lsq_backward",
     "missing",
+    "qdrop",
+    "qdrop_backward",
     "refuses",
+    "resize_crops",
+    "resize_crops_backward",
+    "view_images",
+    "view_images_backward",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

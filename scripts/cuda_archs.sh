@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Compiles the CUDA code for every architecture the kernels are written for. A warning is an error, and so is a spill.
+#
+#   scripts/cuda_archs.sh     needs nvcc and an environment that builds the package: .venv, or PYTHON; no GPU
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+ARCHS=${ARCHS:-80-real;86-real;89-real;90a-real;100-real}
+build=build/archs
+PATH=$(dirname "$PYTHON"):$PATH
+
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DZSQ_CUDA=ON -DZSQ_CUDA_ARCHS="$ARCHS" \
+  -DCMAKE_CUDA_FLAGS="-Werror all-warnings -Xptxas --warn-on-spills,--warning-as-error" \
+  -DPython_EXECUTABLE="$PYTHON" -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" \
+  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/$build" >/dev/null
+cmake --build "$build"
+echo "compiled for $ARCHS without a warning or a spill"

@@ -1,0 +1,689 @@
+"""adaround: what it means, that every backend agrees, and how it behaves under torch's machinery.
+
+No two libraries share an exponential, so h is compared within a tolerance; everything behind it is computed here again,
+in numpy, from the h that a backend itself gives, and compared bit for bit (w_hat) or within what the formula's own
+roundings allow (v's gradient, the sums).
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+
+from zsq_ext.ops import adaround, adaround_many, adaround_start, backend, cpu, reference
+from zsq_ext.ops.cases import adaround as cases
+
+ALL = pytest.mark.parametrize("case", cases.ADAROUND, ids=lambda case: case.name)
+CASE = {case.name: case for case in cases.ADAROUND}
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def bits(t):
+    """The tensor as integers, so that 0 and -0 differ; every NaN as one value, since only its place is promised."""
+    t = t.detach().cpu().contiguous()
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    return t.view(kind).masked_fill(t.isnan(), -1)
+
+
+def assert_same(got, expected):
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    wrong = bits(got) != bits(expected)
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} differ"
+
+
+def assert_within(got, expected, slack):
+    """NaN and infinities in the same places, and elsewhere no further apart than slack."""
+    assert got.shape == expected.shape
+    got, expected, slack = got.detach().cpu().double(), torch.as_tensor(expected), torch.as_tensor(slack)
+    assert torch.equal(got.isnan(), expected.isnan())
+    excess = ((got - expected).abs() - slack).nan_to_num(0)
+    assert not (excess > 0).any(), f"beyond the tolerance by up to {excess.max()}"
+
+
+def unit_of(dtype):
+    """Half a unit in the last place of 1: what one rounding may be off by, relatively."""
+    return torch.finfo(dtype).eps / 2
+
+
+def h_of(v, op):
+    """What `op` makes of v: with a step of 1 and a base of 0 it comes out as it is."""
+    v = v.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
+    one, zero = torch.ones(1, dtype=v.dtype, device=v.device), torch.zeros(1, dtype=torch.int32, device=v.device)
+    base = torch.zeros(v.shape, dtype=torch.int16, device=v.device)
+    (h,), _ = op([v], [base], [one], [zero], [-1], [2], None, None, False)
+    return h
+
+
+class Formula:
+    """Everything behind h, in the type that computes; and from there on in float64, with what that may be off by."""
+
+    # A backend adds up to 512 numbers, and then 8 lanes of them, before it goes on in float64; float64 has nothing to
+    # go on in.
+    CHAIN = 512 + 8
+
+    def __init__(self, h, v, base, scale, zero_point, qmin, qmax, axis, beta):
+        self.kind = h.dtype
+        self.dtype, self.u = v.dtype, unit_of(h.dtype)
+        shape = [1] * v.dim()
+        if axis is not None:
+            shape[axis] = scale.numel()
+            axis %= v.dim()
+        self.others = tuple(dim for dim in range(v.dim()) if scale.numel() == 1 or dim != axis)
+        self.shape = scale.shape
+        self.h = h.cpu().numpy()
+        self.s = scale.cpu().reshape(shape).numpy()
+        self.z = zero_point.cpu().reshape(shape).numpy().astype(self.s.dtype)
+        self.code = np.add(base.cpu().numpy().astype(self.s.dtype), self.h)
+        self.clamped = np.where(self.code < qmin, self.s.dtype.type(qmin), self.code)
+        self.clamped = np.where(self.code > qmax, self.s.dtype.type(qmax), self.clamped)
+        self.inside = (self.code >= qmin) & (self.code <= qmax)
+        self.beta = None if beta is None else float(beta)
+
+    def w_hat(self):
+        w = np.multiply(np.subtract(self.clamped, self.z), self.s)
+        return torch.from_numpy(np.asarray(w)).to(self.dtype)
+
+    def _power(self):
+        """(|2h - 1|, its power beta - 1, what that may be off by). log and exp are off by 2 units each, the product by
+        half a one, all of them multiplied by the logarithm's size but for the last; below e^-87 it stays there."""
+        a = np.abs(2 * self.h - 1).astype(np.float64)  # rounded here as there: near 1 its power makes much of it
+        with np.errstate(all="ignore"):
+            p = a ** (self.beta - 1)
+            log = np.where(p > 0, np.abs(np.log(np.maximum(p, 1e-300))), 0)
+        return a, p, p * self.u * (6 + 6 * np.minimum(log, 100)) + 2e-38
+
+    def reg(self):
+        a, p, off = self._power()
+        terms = 1 - p * a
+        chain = self.CHAIN if self.kind == torch.float32 else max(self.CHAIN, terms.size)
+        slack = (off * a + 3 * self.u).sum() + (chain + 2) * self.u * np.abs(terms).sum()
+        return torch.tensor(terms.sum()), slack
+
+    def backward(self, grad, grad_reg):
+        """((dv, slack), (dscale, slack)). Where h is 0 or 1 its clamp may have begun or not: either is right."""
+        g, h, u = grad.cpu().double().numpy(), self.h.astype(np.float64), self.u
+        s = (h + 0.1) / 1.2
+        slope = 1.2 * s * (1 - s)
+        dh = np.where(self.inside, g * self.s, 0)
+        off = 2 * u * np.abs(dh)
+        if self.beta is not None:
+            _, p, off_p = self._power()
+            weight = float(grad_reg) * 2 * self.beta
+            term = weight * p * np.sign(2 * h - 1)
+            dh, off = dh - term, off + abs(weight) * off_p + 3 * u * np.abs(term)
+        dv = dh * slope
+        # s is read back from h, in which its last places are lost
+        slack = off * slope + np.abs(dh) * 8 * u + 2 * u * np.abs(dv)
+        edge = (h == 0) | (h == 1)
+        dv, slack = np.where(edge, 0, dv), np.where(edge, np.abs(dv) + slack, slack)
+        slack = slack + np.abs(dv) * unit_of(self.dtype) * 2 + torch.finfo(self.dtype).tiny
+        dv = np.where(np.isnan(h), 0, dv)
+        terms = g * (self.clamped.astype(np.float64) - self.z)
+        chain = self.CHAIN if self.kind == torch.float32 else max(self.CHAIN, terms.size)
+        sums = terms.sum(self.others), (chain + 4) * u * np.abs(terms).sum(self.others)
+        found = (dv, slack), tuple(np.asarray(t).reshape(self.shape) for t in sums)
+        return [tuple(torch.from_numpy(np.asarray(t, dtype=np.float64)) for t in pair) for pair in found]
+
+
+# 2 units of the exponential, times at most a quarter, and what three roundings add in a number below 1.2
+def assert_h(h, v):
+    expected = (1.2 * torch.sigmoid(v.cpu().double()) - 0.1).clamp(0, 1)
+    assert_within(h, expected, 4 * unit_of(h.dtype))
+
+
+def assert_forward(found, case, op, device="cpu"):
+    (w_hat,), reg = found
+    args = case.lists(device)
+    h = h_of(args[0][0], op)
+    assert_h(h, args[0][0])
+    formula = Formula(h, *(a[0] for a in args[:6]), *args[6:])
+    assert_same(w_hat.cpu(), formula.w_hat())
+    if case.beta is not None:
+        assert reg.dtype == case.compute
+        assert_within(reg, *formula.reg())
+
+
+def assert_backward(found, case, op, device="cpu"):
+    (dv,), (dscale,) = found
+    args, grads = case.lists(device), case.grads()
+    formula = Formula(h_of(args[0][0], op), *(a[0] for a in args[:6]), *args[6:])
+    for got, (expected, slack) in zip((dv, dscale), formula.backward(*grads), strict=True):
+        assert_within(got, expected, slack)
+    assert (dv.dtype, dscale.dtype) == (case.dtype, case.compute)
+
+
+def backward_args(case, device="cpu"):
+    grad, grad_reg = case.grads(device)
+    return [grad], *case.lists(device), grad_reg, True
+
+
+# meaning
+
+
+@ALL
+def test_reference_is_the_formula(case):
+    assert_forward(reference.adaround(*case.lists(), False), case, reference.adaround)
+    assert_backward(reference.adaround_backward(*backward_args(case)), case, reference.adaround)
+
+
+def composite(v, base, scale, zero_point, qmin, qmax, axis, beta):
+    """What is published, as autograd has it."""
+    shape = [1] * v.dim()
+    if axis is not None:
+        shape[axis] = -1
+    scale, zero_point = scale.view(shape), zero_point.view(shape)
+    h = torch.clamp(torch.sigmoid(v) * (1.1 + 0.1) - 0.1, 0, 1)
+    w_hat = ((base + h).clamp(qmin, qmax) - zero_point) * scale
+    return w_hat, (1 - (2 * h - 1).abs().pow(beta)).sum()
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0, 2.5, 20.0])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_gradients_are_those_of_the_published_composite(axis, beta):
+    case = cases.AdaRoundCase("fp64", dtype=torch.float64, axis=axis, beta=beta)
+    args, (grad, grad_reg) = case.args(), case.grads()
+    leaves = [args[0].requires_grad_(), args[2].requires_grad_()]
+    expected = torch.autograd.grad(composite(*args, beta), leaves, [grad, grad_reg])
+    got = torch.autograd.grad(adaround(*args, beta=beta), leaves, [grad, grad_reg])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)  # 288 terms in fp64
+
+
+def test_documented_example():
+    v, base = torch.tensor([[0.0, -3.0, 3.0]]), torch.tensor([[2, 2, 7]], dtype=torch.int16)
+    scale, zero_point = torch.tensor([0.5]), torch.zeros(1, dtype=torch.int32)
+    w_hat, reg = adaround(v, base, scale, zero_point, -8, 7, beta=2.0)
+    torch.testing.assert_close(w_hat, torch.tensor([[1.25, 1.0, 3.5]]))
+    torch.testing.assert_close(reg, torch.tensor(1.0))
+    assert adaround(v, base, scale, zero_point, -8, 7, hard=True).tolist() == [[1.5, 1.0, 3.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_it_starts_at_the_weight(axis, dtype):
+    torch.manual_seed(0)
+    w = torch.randn(6, 5, 3, 3, dtype=dtype)
+    channels = 1 if axis is None else w.size(axis)
+    scale = torch.rand(channels, dtype=dtype) * 0.1 + 0.05
+    zero_point = torch.randint(-3, 4, (channels,), dtype=torch.int32)
+    base, v = adaround_start(w, scale, zero_point, -128, 127, axis)
+    w_hat = adaround(v, base, scale, zero_point, -128, 127, axis)
+    # h is off by 4 half units of 1, and as much again through v; the codes, up to 128, by three roundings.
+    step = scale.max()
+    assert ((w_hat - w).abs() <= step * unit_of(dtype) * (10 + 4 * 128)).all()
+    # Beyond the range the base stops two codes below it and one above, where no v matters any more.
+    base, v = adaround_start(torch.tensor([-9.0, -0.4, 0.0, 9.0]), torch.ones(1), zero_point[:1] * 0, -2, 1)
+    assert base.tolist() == [-4, -1, 0, 2]
+    for up in (-9.0, 9.0):
+        ends = adaround(torch.full((4,), up), base, torch.ones(1), zero_point[:1] * 0, -2, 1)
+        assert ends[[0, 3]].tolist() == [-2, 1]
+    with pytest.raises(ValueError, match=r"^adaround: scale must be positive and finite, got 0.0 in channel 1$"):
+        adaround_start(w, torch.tensor([1, 0, 1, 1, 1.0, 1], dtype=dtype), torch.zeros(6).int(), -8, 7)
+    with pytest.raises(TypeError, match=r"^adaround: w must be a float32, .* got torch.int64$"):
+        adaround_start(torch.arange(3), scale, zero_point, -8, 7)
+
+
+def test_a_hard_rounding_is_what_a_decided_soft_one_was(fast):
+    name, device = fast
+    for label in ("conv", "nan_inf", "edges", "fp16", "transposed"):
+        v, *rest = CASE[label].args(device)
+        decided = torch.where(v >= 0, 9, torch.where(v < 0, -9, v)).to(v.dtype)
+        with backend.backend(name):
+            assert_same(adaround(v, *rest, hard=True), adaround(decided, *rest))
+            assert not adaround(v.requires_grad_(), *rest, hard=True).requires_grad
+
+
+# parity
+
+
+@ALL
+def test_forward_agrees_with_the_reference(case, fast):
+    name, device = fast
+    args = case.lists(device)
+    if (reason := backend.reason_against(name, "adaround", device, case.dtype)) is not None:
+        with backend.backend(name), pytest.raises(NotImplementedError, match=reason):
+            torch.ops.zsq.adaround(*args, False)
+        return
+    copies = [t.clone() for part in args[:4] for t in part]
+    with backend.backend(name):
+        found = torch.ops.zsq.adaround(*args, False)
+        assert_forward(found, case, torch.ops.zsq.adaround, device)
+        again = torch.ops.zsq.adaround(*args, False)
+        (without,), nothing = torch.ops.zsq.adaround(*args[:7], None, False)
+    assert found[0][0].stride() == reference.adaround(*case.lists(), False)[0][0].stride()
+    for a, b in zip((*again[0], again[1]), (*found[0], found[1]), strict=True):
+        assert_same(a, b)
+    assert_same(without, found[0][0])
+    assert nothing.numel() == 0
+    for before, after in zip(copies, (t for part in args[:4] for t in part), strict=True):
+        assert torch.equal(before.nan_to_num(), after.nan_to_num()), "an input was modified"
+
+
+@ALL
+def test_backward_agrees_with_the_reference(case, fast):
+    name, device = fast
+    if backend.reason_against(name, "adaround", device, case.dtype) is not None:
+        pytest.skip(f"{name} takes no {case.dtype}: the forward's test says so")
+    args = backward_args(case, device)
+    copies = [t.clone() for part in args[:5] for t in part]
+    with backend.backend(name):
+        found = torch.ops.zsq.adaround_backward(*args)
+        assert_backward(found, case, torch.ops.zsq.adaround, device)
+        again = torch.ops.zsq.adaround_backward(*args)
+        (alone,), nothing = torch.ops.zsq.adaround_backward(*args[:-1], False)
+    assert found[0][0].stride() == reference.adaround_backward(*backward_args(case))[0][0].stride()
+    for a, b in zip((*again[0], *again[1]), (*found[0], *found[1]), strict=True):
+        assert_same(a, b)
+    assert_same(alone, found[0][0])
+    assert nothing == []
+    for before, after in zip(copies, (t for part in args[:5] for t in part), strict=True):
+        assert torch.equal(before.nan_to_num(), after.nan_to_num()), "an input was modified"
+
+
+@ALL
+def test_fast_backends_agree_on_every_bit(case, fast):
+    pytest.importorskip("zsq_ext._C")
+    name, device = fast
+    if backend.reason_against(name, "adaround", device, case.dtype) is not None:
+        pytest.skip(f"{name} takes no {case.dtype}: the forward's test says so")
+    with backend.backend(name):
+        (w_hat,), _ = torch.ops.zsq.adaround(*case.lists(device), False)
+        (dv,), _ = torch.ops.zsq.adaround_backward(*backward_args(case, device))
+    assert_same(w_hat.cpu(), cpu.adaround(*case.lists(), False)[0][0])
+    assert_same(dv.cpu(), cpu.adaround_backward(*backward_args(case))[0][0])
+
+
+@ALL
+def test_neither_path_nor_threads_change_a_bit(case):
+    native = pytest.importorskip("zsq_ext._C")
+    threads, simd = torch.get_num_threads(), native.simd_enabled()
+    seen = []
+    try:
+        for torch_threads, path in ((1, True), (2, True), (5, True), (2, False)):
+            torch.set_num_threads(torch_threads)
+            native.set_simd(path)
+            found, reg = cpu.adaround(*case.lists(), False)
+            hard, _ = cpu.adaround(*case.lists()[:7], None, True)
+            dv, dscale = cpu.adaround_backward(*backward_args(case))
+            seen.append((*found, reg, *hard, *dv, *dscale))
+    finally:
+        torch.set_num_threads(threads)
+        native.set_simd(simd)
+    for other in seen[1:]:
+        for a, b in zip(other, seen[0], strict=True):
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.5, 2.0, 7.3, 20.0, 300.0])
+def test_h_and_its_power_over_the_whole_range(beta, fast):
+    name, device = fast
+    v = torch.cat([torch.linspace(-3, 3, 20001), torch.linspace(-1e-3, 1e-3, 2001), torch.tensor([2.39789, -2.39789])])
+    one, zero = torch.ones(1, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    v, base = v.to(device), torch.zeros(len(v), dtype=torch.int16, device=device)
+    beta = torch.tensor(beta, device=device)
+    args = [v], [base], [one], [zero], [-8], [7], None, beta
+    with backend.backend(name):
+        h = h_of(v, torch.ops.zsq.adaround)
+        _, reg = torch.ops.zsq.adaround(*args, False)
+        (dv,), _ = torch.ops.zsq.adaround_backward([torch.zeros_like(v)], *args, one[0], False)
+    assert_h(h, v)
+    formula = Formula(h, *(a[0] for a in args[:6]), None, beta)
+    assert_within(reg, *formula.reg())
+    assert_within(dv, *formula.backward(torch.zeros_like(v), one[0])[0])
+
+
+def test_a_block_is_its_weights_one_by_one(fast):
+    name, device = fast
+    many = [list(part) for part in zip(*(case.args(device) for case in cases.BLOCK), strict=True)]
+    beta, grad_reg = torch.tensor(3.0, device=device), torch.tensor(0.5, device=device)
+    grads = [case.grads(device)[0] for case in cases.BLOCK]
+    with backend.backend(name):
+        op, op_backward = torch.ops.zsq.adaround, torch.ops.zsq.adaround_backward
+        found, reg = op(*many[:6], 0, beta, False)
+        dv, dscale = op_backward(grads, *many[:6], 0, beta, grad_reg, True)
+        total, chain = 0.0, 0.0
+        for k in range(len(cases.BLOCK)):
+            one = [[part[k]] for part in many[:6]]
+            (w_hat,), part = op(*one, 0, beta, False)
+            (dv_,), (dscale_,) = op_backward([grads[k]], *one, 0, beta, grad_reg, True)
+            for a, b in ((found[k], w_hat), (dv[k], dv_), (dscale[k], dscale_)):
+                assert_same(a, b)
+            total, chain = total + part.double().item(), chain + abs(part.double().item())
+    assert_within(reg, torch.tensor(total, dtype=torch.float64), 2 * unit_of(torch.float32) * chain)
+
+
+def test_more_weights_than_one_launch_takes(fast):
+    name, device = fast
+    case = cases.AdaRoundCase("small", shape=(3, 40))
+    many = [list(part) for part in zip(*(case.args(device, seed) for seed in range(70)), strict=True)]
+    grads = [case.grads(device, seed)[0] for seed in range(70)]
+    beta, grad_reg = torch.tensor(3.0, device=device), torch.tensor(0.5, device=device)
+    with backend.backend(name):
+        found, reg = torch.ops.zsq.adaround(*many[:6], 0, beta, False)
+        dv, dscale = torch.ops.zsq.adaround_backward(grads, *many[:6], 0, beta, grad_reg, True)
+        for k in (0, 31, 32, 69):
+            one = [[part[k]] for part in many[:6]]
+            (w_hat,), _ = torch.ops.zsq.adaround(*one, 0, beta, False)
+            (dv_,), (dscale_,) = torch.ops.zsq.adaround_backward([grads[k]], *one, 0, beta, grad_reg, True)
+            for a, b in ((found[k], w_hat), (dv[k], dv_), (dscale[k], dscale_)):
+                assert_same(a, b)
+    _, expected = reference.adaround(
+        *([t.cpu() if torch.is_tensor(t) else t for t in p] for p in many[:6]), 0, beta.cpu(), False
+    )
+    torch.testing.assert_close(reg.cpu(), expected, rtol=1e-5, atol=0)  # 8400 terms of float32, each off by a few units
+
+
+# gradients
+
+
+@pytest.mark.parametrize("beta", [None, 1.0, 3.0])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradcheck(beta, layout):
+    case = cases.AdaRoundCase("fp64", shape=(3, 4, 2, 2), dtype=torch.float64, layout=layout, beta=beta)
+    v, base, scale, *rest = case.args()
+    v = v.clamp(-2.3, 2.3) + 0.01  # away from where h is clamped, and from |2h - 1| = 0
+    leaves = v.requires_grad_(), scale.requires_grad_()
+    assert torch.autograd.gradcheck(lambda v, scale: adaround(v, base, scale, *rest, beta=beta), leaves)
+
+
+def test_gradients_in_numbers():
+    v, base = torch.tensor([0.0, 0.0, 0.0, 9.0, -9.0], requires_grad=True), torch.tensor([1, 7, -9, 2, 2]).short()
+    scale, zero_point = torch.tensor([0.5], requires_grad=True), torch.tensor([3], dtype=torch.int32)
+    weights = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])
+    (adaround(v, base, scale, zero_point, -8, 7, None) * weights).sum().backward()
+    # the slope of h at 0 is 1.2 / 4; above and below the range, and where h is clamped, nothing moves
+    torch.testing.assert_close(v.grad, torch.tensor([0.5 * 0.3, 0, 0, 0, 0]))
+    # 1.5 - 3, then 7 - 3, -8 - 3, 3 - 3, 2 - 3
+    torch.testing.assert_close(scale.grad, torch.tensor([-1.5 + 40 - 1100 + 0 - 10000]))
+
+
+@pytest.mark.parametrize("wanted", [("v",), ("scale",), ("v", "scale")])
+def test_only_what_is_wanted_is_computed(wanted, monkeypatch):
+    asked = []
+    before = cpu.adaround_backward
+
+    def spy(*args):
+        asked.append(args[-1])
+        return before(*args)
+
+    monkeypatch.setattr(cpu, "adaround_backward", spy)
+    backend.find.cache_clear()
+    v, base, scale, *rest = CASE["conv"].args()
+    leaves = [t.requires_grad_() for name, t in (("v", v), ("scale", scale)) if name in wanted]
+    with backend.backend("cpu"):
+        w_hat, reg = adaround(v, base, scale, *rest, beta=2.0)
+        torch.autograd.grad(w_hat.sum() + reg, leaves)
+    backend.find.cache_clear()
+    assert asked == ["scale" in wanted]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_loss_may_use_either_output(which):
+    v, base, scale, *rest = CASE["conv"].args()
+    v.requires_grad_()
+    (got,) = torch.autograd.grad(adaround(v, base, scale, *rest, beta=2.0)[which].sum(), v)
+    out = composite(v.detach().requires_grad_(), base, scale, *rest, 2.0)
+    leaf = v.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(composite(leaf, base, scale, *rest, 2.0)[which].sum(), leaf)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert out[0].shape == v.shape
+
+
+def test_scale_and_zero_point_broadcast():
+    v, base, scale, zero_point, *rest = CASE["conv"].args()
+    one = scale[:1].clone().requires_grad_()
+    out = adaround(v, base, one, zero_point, *rest)
+    assert_same(out, adaround(v, base, one.detach().expand(8), zero_point, *rest))
+    full = one.detach().expand(8).clone().requires_grad_()
+    (expected,) = torch.autograd.grad(adaround(v, base, full, zero_point, *rest).sum(), full)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), one)[0], expected.sum(0, keepdim=True))
+
+
+def test_it_is_differentiable_once_and_not_where_none_is_wanted():
+    v, base, scale, *rest = CASE["conv"].args()
+    assert not adaround(v, base, scale, *rest).requires_grad
+    v.requires_grad_()
+    with torch.no_grad():
+        assert not adaround(v, base, scale, *rest).requires_grad
+    upstream = torch.ones_like(v).requires_grad_()
+    (dv,) = torch.autograd.grad(adaround(v, base, scale, *rest), v, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dv.sum().backward()
+
+
+def test_a_schedule_may_live_on_the_device():
+    v, base, scale, *rest = CASE["conv"].args()
+    beta = torch.tensor(20.0)
+    for _ in range(3):
+        assert_same(adaround(v, base, scale, *rest, beta=beta)[1], adaround(v, base, scale, *rest, beta=float(beta))[1])
+        beta.sub_(6)
+
+
+def test_autocast_keeps_the_dtype():
+    v, base, scale, *rest = CASE["conv"].args()
+    expected = adaround(v, base, scale, *rest, beta=2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        for got, want in zip(adaround(v, base, scale, *rest, beta=2.0), expected, strict=True):
+            assert_same(got, want)
+
+
+# errors
+
+
+def good_call():
+    return {
+        "v": torch.zeros(4, 3),
+        "base": torch.zeros(4, 3, dtype=torch.int16),
+        "scale": torch.ones(4),
+        "zero_point": torch.zeros(4, dtype=torch.int32),
+        "qmin": -8,
+        "qmax": 7,
+        "axis": 0,
+        "beta": 2.0,
+    }
+
+
+@pytest.mark.parametrize("case", cases.ADAROUND_ERRORS, ids=lambda case: case.name)
+def test_errors_name_the_argument(case):
+    adaround(**good_call())
+    with pytest.raises(case.error) as raised:
+        adaround(**{**good_call(), **case.change})
+    assert str(raised.value) == case.message
+
+
+def test_errors_of_many_name_the_place():
+    good = {k: [v, v] if torch.is_tensor(v) else v for k, v in good_call().items()}
+    adaround_many(**good)
+    for change, message in (
+        ({"v": []}, "adaround: v must hold at least one tensor, got 0"),
+        ({"scale": good["scale"][:1]}, "adaround: scale must be as many as v, 2, got 1"),
+        ({"qmax": [7, -9]}, "adaround: qmin[1] must be <= qmax, both within 32766 of 0, got -8 and -9"),
+        ({"scale": [torch.ones(4), torch.ones(3)]}, "adaround: scale[1] must have shape (1,) or (4,), got (3,)"),
+        (
+            {"v": [torch.zeros(4, 3), torch.zeros(4, 3).half()]},
+            "adaround: v[1] must have the dtype of v[0], got torch.float16",
+        ),
+    ):
+        with pytest.raises(ValueError) as raised:
+            adaround_many(**{**good, **change})
+        assert str(raised.value) == message
+
+
+# properties
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**20), length=st.integers(1, 300), power=st.integers(-20, 20), beta=st.floats(1, 30))
+def test_properties(seed, length, power, beta):
+    case = cases.AdaRoundCase("any", shape=(2, length), beta=beta)
+    v, base, scale, zero_point, qmin, qmax, axis = case.args(seed=seed)
+    grad, _ = case.grads(seed=seed)
+    beta = torch.tensor(beta)
+    rest = scale, zero_point, qmin, qmax, axis
+    out, reg = adaround(v, base, *rest, beta=beta)
+    down, up = (adaround(torch.full_like(v, end), base, *rest) for end in (-9.0, 9.0))
+    assert ((down <= out) & (out <= up)).all(), "not between its neighbours"
+    hard = adaround(v, base, *rest, hard=True)
+    assert ((hard == down) | (hard == up)).all(), "not decided"
+    assert 0 <= reg <= v.numel() * (1 + 2**-20)
+    assert (adaround(v + 0.5, base, *rest) >= out).all(), "not monotonic"
+    # an element does not know its place: neither SIMD's tail nor a piece's end changes it
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    assert_same(adaround(v[:, order], base[:, order], *rest), out[:, order])
+    # powers of two scale without rounding
+    unit = 2.0**power
+    assert_same(adaround(v, base, scale * unit, *rest[1:]), out * unit)
+    op = torch.ops.zsq.adaround_backward
+    lists = [v], [base], [scale], [zero_point], [qmin], [qmax], axis
+    (dv,), (dscale,) = op([grad], *lists, beta, torch.tensor(0.3), True)
+    (more,), (dscale_more,) = op([grad * unit], *lists, beta, torch.tensor(0.3) * unit, True)
+    assert_within(more, (dv * unit).double(), 1e-30)  # but for what is too small for a float of full length
+    assert_same(dscale_more, dscale * unit)
+
+
+# torch's machinery
+
+# Not nan_inf: opcheck compares results by value, and NaN differs from itself.
+OPCHECK = [
+    "conv",
+    "no_beta",
+    "transposed",
+    "per_tensor",
+    "empty",
+    "strided",
+    "expanded",
+    "channels_last",
+    "fp16",
+    "fp64",
+]
+
+
+@pytest.mark.parametrize("name", OPCHECK)
+def test_opcheck(name):
+    case = CASE[name]
+    torch.library.opcheck(torch.ops.zsq.adaround, (*case.lists(), False))
+    torch.library.opcheck(torch.ops.zsq.adaround, (*case.lists()[:7], None, True))
+    torch.library.opcheck(torch.ops.zsq.adaround_backward, backward_args(case))
+    torch.library.opcheck(torch.ops.zsq.adaround_backward, (*backward_args(case)[:-1], False))
+
+
+def _graphs_of(function, *args):
+    """Compiles without generating code; gives the result and the operators of the graphs, forward and then backward."""
+    seen = []
+
+    def look(graph, _):
+        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    both = aot_autograd(fw_compiler=look, bw_compiler=look)
+    return torch.compile(function, backend=both, fullgraph=True)(*args), seen
+
+
+@pytest.mark.parametrize("learned", [("v",), ("v", "scale")])
+@pytest.mark.parametrize("beta", [None, 3.0])
+def test_compile_keeps_sums_and_decomposes_the_rest(beta, learned):
+    case = CASE["channels_last"]
+    v, base, scale, *rest = case.args()
+    leaves = [t.requires_grad_() for name, t in (("v", v), ("scale", scale)) if name in learned]
+
+    def loss(v, scale):
+        # torch traces no autograd function that meets a tensor twice
+        twice = ([t, t.clone()] for t in (v, base, scale, rest[0]))
+        out = adaround_many(*twice, *rest[1:], beta=beta)
+        (first, second), reg = out if beta is not None else (out, 0.0)
+        return (first * second).sum() + reg
+
+    with backend.backend("auto"):
+        out, seen = _graphs_of(loss, v, scale)
+        got = torch.autograd.grad(out, leaves)
+        expected = torch.autograd.grad(loss(v, scale), leaves)
+    forward, backward = ([op for op in ops if "zsq" in op] for ops in seen)
+    assert forward == ([] if beta is None else ["zsq.adaround.default"])
+    assert backward == ([] if learned == ("v",) else ["zsq.adaround_backward.default"])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # another exponential
+
+
+def test_compile_keeps_a_forced_backend_opaque(fast):
+    name, device = fast
+    v, base, scale, *rest = CASE["conv"].args(device)
+    v.requires_grad_()
+    with backend.backend(name):
+        out, seen = _graphs_of(lambda v: adaround(v, base, scale, *rest), v)
+        (got,) = torch.autograd.grad(out.sum(), v)
+        assert_same(out, adaround(v, base, scale, *rest))
+        assert_same(got, torch.autograd.grad(adaround(v, base, scale, *rest).sum(), v)[0])
+    assert [op for op in seen[0] if "zsq" in op] == ["zsq.adaround.default"]
+
+
+class Weight(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        v, base, scale, zero_point, *_ = CASE["conv"].args()
+        self.v, self.scale = torch.nn.Parameter(v), torch.nn.Parameter(scale)
+        self.register_buffer("base", base)
+        self.register_buffer("zero_point", zero_point)
+
+    def forward(self, x):
+        w, reg = adaround(self.v, self.base, self.scale, self.zero_point, -8, 7, beta=2.0)
+        return torch.nn.functional.conv2d(x, w), reg
+
+
+def test_export_keeps_the_op():
+    net, x = Weight(), torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        assert "zsq.adaround" in str(program.graph)
+        more = torch.randn(5, 4, 5, 5)
+        for a, b in zip(program.module()(more), net(more), strict=True):
+            assert_same(a, b)
+
+
+def test_meta_tensors_have_a_shape_and_no_values():
+    v, base, scale, zero_point, *rest = (t.to("meta") if torch.is_tensor(t) else t for t in CASE["conv"].args())
+    w_hat, reg = adaround(v, base, scale, zero_point, *rest, beta=2.0)
+    assert (w_hat.device.type, w_hat.shape, reg.shape) == ("meta", v.shape, ())
+    assert math.prod(reg.shape) == 1
+
+
+# GPU only
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_cuda_graph_replays_with_new_contents(name):
+    many = [list(part) for part in zip(*(case.args("cuda") for case in cases.BLOCK), strict=True)]
+    beta = torch.tensor(20.0, device="cuda")
+    with backend.backend(name):
+        torch.ops.zsq.adaround(*many[:6], 0, beta, False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found, reg = torch.ops.zsq.adaround(*many[:6], 0, beta, False)
+        many[0][0].copy_(torch.randn_like(many[0][0]))
+        beta.fill_(3.0)
+        graph.replay()
+        expected, expected_reg = torch.ops.zsq.adaround(*many[:6], 0, beta, False)
+    for a, b in zip((*found, reg), (*expected, expected_reg), strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_more_than_2_31_elements(name):
+    v = torch.full((3, 2**31 // 3 + 1031), -9.0, dtype=torch.float16, device="cuda")
+    v[:, -5:] = torch.tensor([9.0, 0.0, 1.0, -1.0, 2.3], dtype=torch.float16)
+    base = torch.ones(v.shape, dtype=torch.int16, device="cuda")
+    grid = torch.tensor([0.5, 0.25, 1.0], device="cuda"), torch.ones(3, dtype=torch.int32, device="cuda"), -8, 7
+    with backend.backend(name):
+        out = adaround(v, base, *grid)
+        tail = adaround(v[:, -5:], base[:, -5:], *grid)
+    assert_same(out[:, -5:], tail)
+    assert not out[:, :-5].any()

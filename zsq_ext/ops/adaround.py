@@ -1,0 +1,345 @@
+"""Adaptive rounding: weights between two neighbours of a grid, and which one is learned."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsq_ext.ops import backend, reference
+from zsq_ext.ops.layout import COMPUTE, empty_rows
+
+_ARGS = (
+    "Tensor[] v, Tensor[] base, Tensor[] scale, Tensor[] zero_point, int[] qmin, int[] qmax, int? axis, Tensor? beta"
+)
+
+# base is an int16, and lies up to two codes below the range and one above it.
+_CODE_LIMIT = 2**15 - 2
+
+
+def _fake(
+    v: list[Tensor],
+    base: list[Tensor],
+    scale: list[Tensor],
+    zero_point: list[Tensor],
+    qmin: list[int],
+    qmax: list[int],
+    axis: int | None,
+    beta: Tensor | None,
+    hard: bool,
+) -> tuple[list[Tensor], Tensor]:
+    found = [empty_rows(v_, scale_.numel(), axis) for v_, scale_ in zip(v, scale, strict=True)]
+    return found, scale[0].new_empty(0 if beta is None else ())
+
+
+def _fake_backward(
+    grad: list[Tensor],
+    v: list[Tensor],
+    base: list[Tensor],
+    scale: list[Tensor],
+    zero_point: list[Tensor],
+    qmin: list[int],
+    qmax: list[int],
+    axis: int | None,
+    beta: Tensor | None,
+    grad_reg: Tensor | None,
+    need_scale: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    dv = [empty_rows(v_, scale_.numel(), axis) for v_, scale_ in zip(v, scale, strict=True)]
+    return dv, [torch.empty_like(scale_) for scale_ in scale] if need_scale else []
+
+
+_op = backend.define(f"adaround({_ARGS}, bool hard) -> (Tensor[], Tensor)", _fake)
+_op_backward = backend.define(
+    f"adaround_backward(Tensor[] grad, {_ARGS}, Tensor? grad_reg, bool need_scale) -> (Tensor[], Tensor[])",
+    _fake_backward,
+)
+
+
+def _forward(v: list[Tensor], *rest: Any) -> tuple[list[Tensor], Tensor]:
+    beta = rest[-2]
+    return (reference.adaround if beta is None and backend.decomposes() else _op)(v, *rest)
+
+
+def _backward(grad: list[Tensor], *rest: Any) -> tuple[list[Tensor], list[Tensor]]:
+    need_scale = rest[-1]
+    return (_op_backward if need_scale or not backend.decomposes() else reference.adaround_backward)(grad, *rest)
+
+
+class _AdaRound(torch.autograd.Function):
+    """Gradients for v and scale. `tensors` are all v, all base, all scale and all zero_point."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qmin: list[int], qmax: list[int], axis: int | None, beta: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(beta, *tensors)
+        ctx.range = qmin, qmax, axis
+        found, reg = _forward(*_quarters(tensors), qmin, qmax, axis, beta, False)
+        return (*found, reg) if beta is not None else tuple(found)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        beta, *tensors = ctx.saved_tensors
+        n = len(tensors) // 4
+        need_scale = any(ctx.needs_input_grad[4 + 2 * n : 4 + 3 * n])
+        grad_reg = None if beta is None else grads[n]
+        dv, dscale = _backward(list(grads[:n]), *_quarters(tensors), *ctx.range, beta, grad_reg, need_scale)
+        none = [None] * n
+        return None, None, None, None, *dv, *none, *(dscale if need_scale else none), *none
+
+
+def _quarters(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    n = len(tensors) // 4
+    return [list(tensors[k * n : (k + 1) * n]) for k in range(4)]
+
+
+def _check_axis(v: Tensor, axis: int | None) -> int:
+    """How many channels there are."""
+    if axis is None:
+        return 1
+    dims = v.dim()
+    if not -dims <= axis < dims:
+        rule = f"in [{-dims}, {dims - 1}]" if dims else "None for 0-d v"
+        raise ValueError(f"adaround: axis must be {rule}, got {axis}")
+    return v.size(axis)
+
+
+def _check_grid(
+    v: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None, at: str = "", of: str = "v"
+) -> tuple[Tensor, Tensor]:
+    """scale and zero_point, contiguous and of one length. `at` says which of several, `of` what v is called."""
+    if not isinstance(v, Tensor) or v.dtype not in COMPUTE:
+        got = v.dtype if isinstance(v, Tensor) else type(v).__name__
+        raise TypeError(f"adaround: {of}{at} must be a float32, float16, bfloat16 or float64 tensor, got {got}")
+    if not -_CODE_LIMIT <= qmin <= qmax <= _CODE_LIMIT:
+        raise ValueError(f"adaround: qmin{at} must be <= qmax, both within {_CODE_LIMIT} of 0, got {qmin} and {qmax}")
+    channels = _check_axis(v, axis)
+    for name, t, dtype in (("scale", scale, COMPUTE[v.dtype]), ("zero_point", zero_point, torch.int32)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"adaround: {name}{at} must be a tensor, got {type(t).__name__}")
+        if t.dtype is not dtype:
+            raise TypeError(f"adaround: {name}{at} must be {dtype} for {v.dtype} {of}, got {t.dtype}")
+        if t.dim() != 1 or t.size(0) not in (1, channels):
+            shapes = "(1,)" if axis is None else f"(1,) or ({channels},)"
+            raise ValueError(f"adaround: {name}{at} must have shape {shapes}, got {tuple(t.shape)}")
+        if t.device != v.device:
+            raise ValueError(f"adaround: {name}{at} must be on {v.device}, got {t.device}")
+    if scale.size(0) != zero_point.size(0):
+        scale, zero_point = scale.expand(channels), zero_point.expand(channels)
+    return scale.contiguous(), zero_point.contiguous()
+
+
+def _check_base(v: Tensor, base: Tensor, at: str) -> None:
+    if not isinstance(base, Tensor):
+        raise TypeError(f"adaround: base{at} must be a tensor, got {type(base).__name__}")
+    if base.dtype is not torch.int16:
+        raise TypeError(f"adaround: base{at} must be torch.int16, got {base.dtype}")
+    if base.shape != v.shape:
+        raise ValueError(f"adaround: base{at} must have v's shape {tuple(v.shape)}, got {tuple(base.shape)}")
+    if base.device != v.device:
+        raise ValueError(f"adaround: base{at} must be on {v.device}, got {base.device}")
+
+
+def _check_beta(beta: float | Tensor | None, v: Tensor, hard: bool) -> Tensor | None:
+    """beta as a 0-d tensor."""
+    if beta is None:
+        return None
+    if hard:
+        raise ValueError(f"adaround: beta must be None for hard rounding, got {beta}")
+    dtype = COMPUTE[v.dtype]
+    if isinstance(beta, Tensor):
+        if beta.dtype is not dtype:
+            raise TypeError(f"adaround: beta must be {dtype} for {v.dtype} v, got {beta.dtype}")
+        if beta.dim() != 0:
+            raise ValueError(f"adaround: beta must have shape (), got {tuple(beta.shape)}")
+        if beta.device != v.device:
+            raise ValueError(f"adaround: beta must be on {v.device}, got {beta.device}")
+        return beta.detach()
+    if not isinstance(beta, int | float):
+        raise TypeError(f"adaround: beta must be a number or a tensor, got {type(beta).__name__}")
+    if not 1 <= beta < math.inf:
+        raise ValueError(f"adaround: beta must be >= 1 and finite, got {beta}")
+    return torch.full((), beta, dtype=dtype, device=v.device)
+
+
+def adaround_start(
+    w: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = 0
+) -> tuple[Tensor, Tensor]:
+    """Where `adaround` begins: the codes below w, and the v at which it gives w back.
+
+        base = clamp(floor(w / scale) + zero_point, qmin - 2, qmax + 1)
+        v = -log(1.2 / (w / scale - floor(w / scale) + 0.1) - 1)
+
+    Beyond qmin - 2 and qmax + 1 no v would make a difference. Not an op of its own: it runs once per weight, and waits
+    for the device.
+
+    Args:
+        w: the weight, any shape and strides; float32, float16, bfloat16 or float64.
+        scale, zero_point, qmin, qmax, axis: as for `adaround`; scale is checked to be positive and finite.
+
+    Returns:
+        (base, v): int16, and w's dtype; both of w's shape.
+
+    Raises:
+        TypeError: a type or dtype is not as above.
+        ValueError: a shape, device, range, axis or scale is not as above.
+
+    Example:
+        >>> w, scale, zero_point = torch.tensor([[0.30, -0.40]]), torch.tensor([0.25]), torch.tensor([8]).int()
+        >>> base, v = adaround_start(w, scale, zero_point, 0, 15)
+        >>> base, adaround(v, base, scale, zero_point, 0, 15)
+        (tensor([[9, 6]], dtype=torch.int16), tensor([[ 0.3000, -0.4000]]))
+    """
+    scale, zero_point = _check_grid(w, scale, zero_point, qmin, qmax, axis, of="w")
+    for channel, value in enumerate(scale.tolist()):
+        if not 0 < value < math.inf:
+            raise ValueError(f"adaround: scale must be positive and finite, got {value} in channel {channel}")
+    shape = [1] * w.dim()
+    if axis is not None:
+        shape[axis] = scale.numel()
+    with torch.no_grad():
+        ratio = w.to(scale.dtype) / scale.view(shape)
+        floor = ratio.floor()
+        base = (floor + zero_point.view(shape)).clamp(qmin - 2, qmax + 1).to(torch.int16)
+        return base, (-torch.log(1.2 / (ratio - floor + 0.1) - 1)).to(w.dtype)
+
+
+def adaround(
+    v: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None = 0,
+    *,
+    beta: float | Tensor | None = None,
+    hard: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A weight between two codes of its grid, at a place that is learned; and how far from decided it is.
+
+        h = clamp(1.2 * sigmoid(v) - 0.1, 0, 1)
+        code = clamp(base + h, qmin, qmax),     w_hat = (code - zero_point) * scale
+        regulariser = sum(1 - |2 h - 1|^beta)
+
+    v gets the gradient through h, 0 where h is clamped and where base + h is outside [qmin, qmax], edges inside; that
+    of the regulariser comes in the same pass. scale gets the sum of grad * (code - zero_point): base stays what it was,
+    so that step and rounding can be learned together. There is no second derivative. `adaround_many` takes all weights
+    of a block in one call.
+
+    Computed in float32 (float64 for float64 v), each operation rounded once and in the order written, the result
+    rounded once to v's dtype. NaN stays NaN. The exponential is within 2 units in the last place, so h may be off by
+    4 * 2^-24; given h, w_hat is exact. The backends cpu, cuda and triton agree on every bit of w_hat and of v's
+    gradient; sums are taken in a fixed order, so each of them repeats its own bits, on any number of threads.
+
+    Args:
+        v: the rounding variable, the weight's shape, any strides; float32, float16, bfloat16, or float64 (on the
+            reference and cpu backends). v >= 0 rounds up in the end.
+        base: the code below the weight, zero_point included, as `adaround_start` gives it; int16, v's shape.
+        scale: the step, in units of the weight, > 0. Shape (1,), or (C,) with C = v.shape[axis]; float32, or float64
+            where v is.
+        zero_point: the code of 0. Shape (1,) or (C,), int32; may lie outside [qmin, qmax]. Gets no gradient.
+        qmin, qmax: the codes' range, inclusive, within 32766 of 0.
+        axis: the channels' dimension; None for one grid for the whole weight.
+        beta: the regulariser's exponent, >= 1: a number, or a 0-d tensor of scale's dtype, so that a schedule can live
+            on the device. None for no regulariser.
+        hard: h = 1 where v >= 0, else 0: what is learned in the end. Gets no gradient.
+
+    Returns:
+        w_hat, in v's shape and dtype, or (w_hat, regulariser) with beta, the latter 0-d in scale's dtype. In memory
+        each channel is one stretch, as it is in v along a first dimension.
+
+    Raises:
+        TypeError: a type or dtype is not as above.
+        ValueError: a shape, device, range or axis is not as above; or beta is given for hard rounding.
+        NotImplementedError: the forced backend cannot run it; says why.
+
+    Example:
+        >>> v, base = torch.tensor([[0.0, -3.0, 3.0]]), torch.tensor([[2, 2, 7]], dtype=torch.int16)
+        >>> scale, zero_point = torch.tensor([0.5]), torch.zeros(1, dtype=torch.int32)
+        >>> adaround(v, base, scale, zero_point, -8, 7, beta=2.0)
+        (tensor([[1.2500, 1.0000, 3.5000]]), tensor(1.))
+        >>> adaround(v, base, scale, zero_point, -8, 7, hard=True)
+        tensor([[1.5000, 1.0000, 3.5000]])
+
+    Source: M. Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (arXiv 2004.10568), with
+    zeta = 1.1 and gamma = -0.1; learning the step beside it is Y. Jeon et al., Genie (arXiv 2212.04780).
+    """
+    found, reg = _adaround([v], [base], [scale], [zero_point], [qmin], [qmax], axis, beta, hard, [""])
+    return found[0] if reg is None else (found[0], reg)
+
+
+def adaround_many(
+    v: Sequence[Tensor],
+    base: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor],
+    qmin: int | Sequence[int],
+    qmax: int | Sequence[int],
+    axis: int | None = 0,
+    *,
+    beta: float | Tensor | None = None,
+    hard: bool = False,
+) -> list[Tensor] | tuple[list[Tensor], Tensor]:
+    """`adaround` of several weights in one call: weights are small, and a launch costs more than the work.
+
+    Args:
+        v, base, scale, zero_point: one for each weight; every v of one dtype and device.
+        qmin, qmax: one for all, or one for each.
+        axis, beta, hard: for all.
+
+    Returns:
+        A list, the same bits as one call for each; with beta also the sum of all regularisers.
+
+    Raises:
+        As `adaround`, an argument's place in its list in brackets.
+
+    Example:
+        >>> v, base = [torch.zeros(1, 2), torch.ones(3)], [torch.ones(1, 2).short(), torch.ones(3).short()]
+        >>> scale, zero_point = [torch.ones(1)] * 2, [torch.zeros(1, dtype=torch.int32)] * 2
+        >>> adaround_many(v, base, scale, zero_point, -8, [7, 1])
+        [tensor([[1.5000, 1.5000]]), tensor([1., 1., 1.])]
+    """
+    n = len(v)
+    if n == 0:
+        raise ValueError("adaround: v must hold at least one tensor, got 0")
+    qmin, qmax = ([q] * n if isinstance(q, int) else q for q in (qmin, qmax))
+    args = {"base": base, "scale": scale, "zero_point": zero_point, "qmin": qmin, "qmax": qmax}
+    for name, values in args.items():
+        if len(values) != n:
+            raise ValueError(f"adaround: {name} must be as many as v, {n}, got {len(values)}")
+    lists = list(v), list(base), list(scale), list(zero_point), list(qmin), list(qmax)
+    found, reg = _adaround(*lists, axis, beta, hard, [f"[{i}]" for i in range(n)])
+    return found if reg is None else (found, reg)
+
+
+def _adaround(
+    v: list[Tensor],
+    base: list[Tensor],
+    scale: list[Tensor],
+    zero_point: list[Tensor],
+    qmin: list[int],
+    qmax: list[int],
+    axis: int | None,
+    beta: float | Tensor | None,
+    hard: bool,
+    at: list[str],
+) -> tuple[list[Tensor], Tensor | None]:
+    """All of it, behind the two public forms. `at` names each weight in errors."""
+    for i, where in enumerate(at):
+        scale[i], zero_point[i] = _check_grid(v[i], scale[i], zero_point[i], qmin[i], qmax[i], axis, where)
+        _check_base(v[i], base[i], where)
+        for name in ("dtype", "device"):
+            if getattr(v[i], name) != getattr(v[0], name):
+                raise ValueError(f"adaround: v{where} must have the {name} of v[0], got {getattr(v[i], name)}")
+    beta = _check_beta(beta, v[0], hard)
+    if torch.is_grad_enabled() and not hard and any(t.requires_grad for t in (*v, *scale)):
+        out = _AdaRound.apply(qmin, qmax, axis, beta, *v, *base, *scale, *zero_point)
+        return list(out[: len(v)]), None if beta is None else out[-1]
+    # The op itself knows no gradient, and would say so by a warning.
+    v, scale = [t.detach() for t in v], [t.detach() for t in scale]
+    found, reg = _forward(v, base, scale, zero_point, qmin, qmax, axis, beta, hard)
+    return found, None if beta is None else reg

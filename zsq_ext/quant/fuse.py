@@ -1,0 +1,117 @@
+"""Batch norms and what follows them as one op each: the same network in fewer passes over its activations.
+
+A chain is a batch norm, the addition that alone reads it, and the activation that alone reads that; what somebody else
+reads stays a node of its own. So taps come first: ``fuse(with_taps(module, names))``.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch import fx
+
+from zsq_ext.ops import bn_act
+from zsq_ext.quant.graph import ADDITIONS, BATCH_NORMS, aten, is_relu, upper_bound
+
+_ACTS = {aten.silu.default: "silu", aten.hardswish.default: "hardswish"}
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """What becomes one op: the nodes from the batch norm to the last one, the shortcut, and the activation's name."""
+
+    nodes: tuple[fx.Node, ...]
+    residual: fx.Node | None
+    act: str
+
+
+def fuse(module: fx.GraphModule) -> fx.GraphModule:
+    """The same network with ``bn_act`` in the place of every batch norm and what follows it alone; parameters shared.
+
+    Values differ from the module's in the last bits: torch rounds a batch norm's products and sums in another order,
+    each of the two a few times, so every normalised value moves by a few units in the last place of its largest term.
+    """
+    return _fused(module, None)[0]
+
+
+def fuse_with_statistics(module: fx.GraphModule) -> fx.GraphModule:
+    """As ``fuse``, and shows the statistics of every batch norm's input on the way.
+
+    Returns:
+        A module whose forward gives ``(output, (S1, ...), (S2, ...))``: the sums of ``bn_act``, shifted by the stored
+        means, one (C_l,) each per batch norm in execution order.
+    """
+    fused, sums = _fused(module, "batch")
+    output = fused.graph.output_node()
+    output.args = ((output.args[0], tuple(s1 for s1, _ in sums), tuple(s2 for _, s2 in sums)),)
+    fused.graph.lint()
+    fused.recompile()
+    return fused
+
+
+def _fused(module: fx.GraphModule, stats: str | None) -> tuple[fx.GraphModule, list[tuple[fx.Node, fx.Node]]]:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    sums = []
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in BATCH_NORMS:
+            continue
+        chain = _chain(node)
+        u, gamma, beta, mean, var, _, _, eps, *_ = node.args
+        last = chain.nodes[-1]
+        with graph.inserting_before(last):
+            new = graph.call_function(
+                bn_act,
+                (u, mean, var, gamma, beta, eps),
+                {"residual": chain.residual, "act": chain.act, "stats": stats},
+            )
+            y = new
+            if stats is not None:
+                y, s1, s2 = (graph.call_function(operator.getitem, (new, i)) for i in range(3))
+                sums.append((s1, s2))
+        y.meta = last.meta
+        last.replace_all_uses_with(y)
+        for old in reversed(chain.nodes):
+            graph.erase_node(old)
+    graph.lint()
+    return fx.GraphModule(module, graph, class_name="Fused"), sums
+
+
+def _chain(norm: fx.Node) -> _Chain:
+    nodes, residual = [norm], None
+    addition = _only_reader(norm)
+    if addition is not None and addition.target in ADDITIONS:
+        other = _shortcut(addition, norm)
+        if other is not None:
+            nodes.append(addition)
+            residual = other
+    activation = _only_reader(nodes[-1])
+    act = "none" if activation is None else _act(activation)
+    if activation is not None and act != "none":
+        nodes.append(activation)
+    return _Chain(tuple(nodes), residual, act)
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _shortcut(addition: fx.Node, norm: fx.Node) -> fx.Node | None:
+    """What is added to the batch norm, if it is a tensor of the same shape and type, added as it is."""
+    if len(addition.args) != 2 or addition.kwargs.get("alpha", 1) != 1:
+        return None
+    other = addition.args[1] if addition.args[0] is norm else addition.args[0]
+    if not isinstance(other, fx.Node) or other is norm:
+        return None
+    mine, theirs = norm.meta["val"], other.meta.get("val")
+    if theirs is None or mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+        return None
+    return other
+
+
+def _act(node: fx.Node) -> str:
+    """The activation's name in ``bn_act``, "none" for what it does not have."""
+    if is_relu(node):
+        return {None: "relu", 6.0: "relu6"}.get(upper_bound(node), "none")
+    return _ACTS.get(node.target, "none") if node.op == "call_function" else "none"

@@ -4,6 +4,7 @@
 #include "csrc/cpu/bn_act.h"
 #include "csrc/cpu/channel_range.h"
 #include "csrc/cpu/fake_quant.h"
+#include "csrc/cpu/heads.h"
 #include "csrc/cpu/qdrop.h"
 #include "csrc/cpu/image.h"
 #include "csrc/cpu/simd.h"
@@ -15,6 +16,7 @@
 #include "kernels/bn_act.cuh"
 #include "kernels/channel_range.cuh"
 #include "kernels/fake_quant.cuh"
+#include "kernels/heads.cuh"
 #include "kernels/qdrop.cuh"
 #include "kernels/image.cuh"
 
@@ -54,6 +56,11 @@ PYBIND11_MODULE(_C, m) {
   zsq::def_cpu(m, "cpu_channel_range", &zsq::channel_range);
   zsq::def_cpu(m, "cpu_bn_act", &zsq::bn_act);
   zsq::def_cpu(m, "cpu_bn_act_backward", &zsq::bn_act_backward);
+  zsq::def_cpu(m, "cpu_distill_head", &zsq::distill_head);
+  zsq::def_cpu(m, "cpu_distill_head_backward", &zsq::distill_head_backward);
+  zsq::def_cpu(m, "cpu_cam_map", &zsq::cam_map);
+  zsq::def_cpu(m, "cpu_cam_map_backward", &zsq::cam_map_backward);
+  zsq::def_cpu(m, "cpu_count_active", &zsq::count_active);
   zsq::def_cpu(m, "cpu_qdrop", &zsq::qdrop);
   // For tests: the generator itself, whose counters no tensor reaches.
   m.def("philox", [](uint64_t counter, uint64_t upper, uint64_t key) {
@@ -79,6 +86,11 @@ PYBIND11_MODULE(_C, m) {
   def_workspace(m, "cuda_bn_act_workspace", &zsq::cuda_bn_act_workspace);
   def_cuda(m, "cuda_bn_act_backward", &zsq::cuda_bn_act_backward);
   def_workspace(m, "cuda_bn_act_backward_workspace", &zsq::cuda_bn_act_backward_workspace);
+  def_cuda(m, "cuda_distill_head", &zsq::cuda_distill_head);
+  def_cuda(m, "cuda_distill_head_backward", &zsq::cuda_distill_head_backward);
+  def_cuda(m, "cuda_cam_map", &zsq::cuda_cam_map);
+  def_cuda(m, "cuda_cam_map_backward", &zsq::cuda_cam_map_backward);
+  def_cuda(m, "cuda_count_active", &zsq::cuda_count_active);
   def_cuda(m, "cuda_qdrop", &zsq::cuda_qdrop);
   def_cuda(m, "cuda_view_images", &zsq::cuda_view_images);
   def_cuda(m, "cuda_resize_crops", &zsq::cuda_resize_crops);

@@ -51,7 +51,7 @@ if [ -n "$sanitizer" ]; then
   # Without torch's cache every tensor is an allocation of its own, and a step past its end is seen.
   step sanitizer 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 ZSQ_REQUIRE=cuda "$sanitizer" --tool memcheck --error-exitcode 9 \
     "${pytest[@]}" tests/test_ops_*.py \
-      -k "cuda and not nan and (reference_bits or reference_codes or one_by_one or (agrees_with and (pieces or tail or misaligned or corners or larger)))"
+      -k "cuda and not nan and (reference_bits or reference_codes or one_by_one or (agrees_with and (pieces or tail or misaligned or corners or larger or classes or chunks)))"
   if ! grep -q "ERROR SUMMARY: 0 errors" "$OUT/sanitizer.log" || ! grep -q " passed" "$OUT/sanitizer.log"; then
     echo "compute-sanitizer did not run to its end, or found errors"
     status=1

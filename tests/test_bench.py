@@ -14,6 +14,7 @@ from zsq_ext.ops.cases import adaround as cases_adaround
 from zsq_ext.ops.cases import bn_act as cases_bn_act
 from zsq_ext.ops.cases import fake_quant as cases
 from zsq_ext.ops.cases import fake_quant_minmax as cases_minmax
+from zsq_ext.ops.cases import heads as cases_heads
 from zsq_ext.ops.cases import image as cases_image
 from zsq_ext.ops.cases import qdrop as cases_qdrop
 
@@ -71,6 +72,21 @@ def test_codes_and_ranges_are_timed(quick, monkeypatch):
     assert [row["op"] for row in codes] == ["quantize", "dequantize"]
     assert all(row["bytes"] == case.args("cpu")[0].nbytes * 5 / 4 for row in codes)  # a code is a byte
     assert (ranges["op"], ranges["bytes"], set(ranges["peers"])) == ("channel_range", 512 * 4608 * 4, {"aten"})
+
+
+def test_heads_are_timed_beside_the_chains_they_replace(quick, monkeypatch):
+    logits = [cases_heads.DistillCase("small", (8, 20)), cases_heads.DistillCase("half", (8, 20), dtype=torch.float16)]
+    maps = [cases_heads.CamCase("last", layout="channels_last", upper=6.0)]
+    monkeypatch.setattr(cases_heads, "DISTILL_BENCH", logits)
+    monkeypatch.setattr(cases_heads, "CAM_BENCH", maps)
+    rows = [row for row in families.rows(QUIET, only="heads") if row["backend"] == "cpu"]
+    size = maps[0].activation().nbytes
+    assert [(row["op"], row["bytes"], set(row["peers"])) for row in rows] == [
+        ("distill_head", 5 * 640, {"eager"}),
+        ("distill_head", 5 * 320, {"eager"}),
+        ("cam_map", 2 * size, {"eager", "bmm"}),
+        ("count_active", size, {"eager"}),
+    ]
 
 
 def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):

@@ -78,8 +78,9 @@ def test_the_paper_form_is_the_mean_squared_frobenius_norm():
 
 def test_the_floor_drops_negative_weights():
     alpha, activation = torch.tensor([[1.0, -1.0]]), torch.ones(1, 2, 2, 2)
-    assert not cam.cam_map(alpha, activation).any()
-    torch.testing.assert_close(cam.cam_map(alpha, activation, floor=cam.ALPHA_FLOOR), torch.ones(1, 2, 2))
+    other, otherwise = torch.zeros(1, 2), torch.zeros(1, 2, 2, 2)
+    for floor, squares in ((None, 0), (cam.ALPHA_FLOOR, 4)):
+        assert cam.cam_loss(alpha, activation, other, otherwise, normalise="raw", floor=floor) == squares
 
 
 def test_equal_maps_of_different_strength_agree_under_min_max():
@@ -176,8 +177,6 @@ def test_a_single_position_is_refused_everywhere():
     one, alpha, classes = torch.ones(2, 3, 1, 1), torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
     message = "must have more than one position, got a 1 x 1 map"
     with pytest.raises(ValueError, match=message):
-        cam.cam_map(alpha, one)
-    with pytest.raises(ValueError, match=message):
         cam.cam_loss(alpha, one, alpha, one, size=(32, 32))
     with pytest.raises(ValueError, match=message):
         cam.closed_form_alpha(torch.ones(5, 3), classes, torch.ones(3), one)
@@ -194,9 +193,9 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"must have one shape \(B, H, W\), got \(3, 5, 4\) and \(3, 5, 3\)"):
         cam.cam_loss(sa, s, ta, t[..., :3], size=(8, 8))
     with pytest.raises(ValueError, match=r"cam_map: alpha must have shape \(3, 6\), got \(3, 5\)"):
-        cam.cam_map(sa[:, :5], s)
-    with pytest.raises(ValueError, match=r"cam_map: activation must be \(B, K, H, W\)"):
-        cam.cam_map(sa, s[0])
+        cam.cam_loss(sa[:, :5], s, ta, t, size=(8, 8))
+    with pytest.raises(ValueError, match=r"cam_loss: teacher_activation must be \(B, K, H, W\)"):
+        cam.cam_loss(sa, s, ta, t[0], size=(8, 8))
     classes = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"fc_weight must be \(C, 6\) and slope \(6,\)"):
         cam.closed_form_alpha(torch.ones(5, 7), classes, torch.ones(6), s)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zsq_ext.ops import channel_sums, statistics_of
+from zsq_ext.ops import KD_SCALINGS, channel_sums, distill_head, statistics_of
 from zsq_ext.quant import ranges
 from zsq_ext.synth import augment, filters, objectives
 from zsq_ext.synth.objectives import Statistics
@@ -87,9 +87,9 @@ def tuning_losses():
     feature, maps = normal(4, 6, 5, 5).requires_grad_(), normal(4, 6, 5, 5)
 
     def run():
-        total = sum(losses.kd(student, teacher, scaling) for scaling in losses.KD_SCALINGS)
-        easy = losses.easy_mask(losses.difficulty(teacher, labels), 0.5, strict=True)
-        total = total + losses.masked_ce(student, labels, easy) + losses.feature_alignment([maps], [feature])
+        heads = [distill_head(student, teacher, labels, kd=kd, tau=0.5) for kd in KD_SCALINGS]
+        heads.append(distill_head(student, teacher, labels, easy=heads[0].easy))
+        total = sum(head.kd + head.ce for head in heads) + losses.feature_alignment([maps], [feature])
         total.backward()
         losses.signed_perturbation(maps, feature.grad)
 

@@ -139,6 +139,57 @@ def test_lsq_adds_in_double_and_without_atomics(kernels):
         assert not [name for name in names if name.startswith(("ATOM", "RED"))], key
 
 
+def variants(kernels, name):
+    """((architecture, kernel), elements per access, instructions), the elements being its last template argument."""
+    for key, names in family(kernels, name).items():
+        yield key, int(re.findall(r"Li(\d+)E", key[1])[-1]), names
+
+
+def test_heads_are_compiled_for_every_dtype_and_form(kernels):
+    archs = {arch for arch, _ in kernels}
+    for name, count in (
+        ("distill_head_kernel", 3 * 3 * 2),  # dtypes, forms of distillation, warp or block
+        ("distill_backward_kernel", 3 * 3 * 2),  # packs or not
+        ("distill_finish_kernel", 1),
+        ("cam_map_tiles_kernel", 3 * 2),
+        ("cam_map_channels_kernel", 3 * 2),
+        ("cam_map_backward_kernel", 3),
+        ("count_rows_kernel", 3 * 2),
+        ("count_columns_kernel", 3 * 2),
+    ):
+        assert len(family(kernels, name)) == count * len(archs), name
+
+
+@pytest.mark.parametrize(
+    "name", ["distill_backward", "cam_map_tiles", "cam_map_channels", "count_rows", "count_columns"]
+)
+def test_heads_move_16_bytes_at_a_time_where_rows_allow_it(kernels, name):
+    for key, elements, names in variants(kernels, f"{name}_kernel"):
+        if elements > 1:
+            assert any(n.startswith("LDG.E.128") for n in names), key
+            assert name != "distill_backward" or any(n.startswith("STG.E.128") for n in names), key
+
+
+@pytest.mark.parametrize("name", ["distill_head_kernel", "cam_map_backward_kernel"])
+def test_what_chooses_at_run_time_moves_16_bytes_too(kernels, name):
+    access = "LDG.E.128" if name.startswith("distill") else "STG.E.128"
+    for key, names in family(kernels, name).items():
+        assert any(n.startswith(access) for n in names), key
+
+
+def test_distill_head_divides_exactly(kernels):
+    # By the temperature: two quotients an element in KL, one in entropy, none in mse. See fake_quant for FCHK.
+    for key, elements, names in variants(kernels, "distill_backward_kernel"):
+        form = int(re.search(r"KdE(\d)", key[1])[1])
+        assert names.count("FCHK") >= elements * (2, 0, 1)[form], key
+
+
+def test_heads_add_without_atomics(kernels):
+    for name in ("distill_", "cam_map_", "count_"):
+        for key, names in family(kernels, name).items():
+            assert not [n for n in names if n.startswith(("ATOM", "RED."))], key
+
+
 def test_adaround_and_qdrop_move_16_bytes_at_a_time(kernels):
     found = {**family(kernels, "adaround_kernel"), **family(kernels, "qdrop_flat_kernel")}
     for key, names in found.items():

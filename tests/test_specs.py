@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zsq_ext.ops import channel_sums, fake_quant, statistics_of
+from zsq_ext.ops import channel_sums, distill_head, fake_quant, statistics_of
 from zsq_ext.quant import ranges
 from zsq_ext.synth import filters, objectives
 from zsq_ext.synth.objectives import Statistics
@@ -315,7 +315,7 @@ def test_merged_statistics_are_those_of_the_concatenated_set(batches):
 def test_kd_at_temperature_20_is_ten_times_the_logit_variance():
     teacher = normal(256, 1000, seed=8)
     student = teacher + normal(256, 1000, seed=9)
-    kl = losses.kd_kl(student, teacher, alpha=20, temperature=20).item()
+    kl = distill_head(student, teacher, alpha=20.0, temperature=20.0).kd.item()
     variance = 10 * (student - teacher).var(1, correction=0).mean().item()
     assert kl == pytest.approx(10.04, abs=0.06)
     assert variance == pytest.approx(10.03, abs=0.06)
@@ -328,21 +328,23 @@ def test_mean_kl_is_the_centred_logit_error_over_two_k(classes):
     student = teacher + 2 * normal(4096, classes, seed=11)
     difference = student - teacher
     centred = (difference - difference.mean(1, keepdim=True)).square().mean().item()
-    kl = losses.kd(student, teacher, "kl_mean", temperature=20).item()
+    kl = distill_head(student, teacher, kd="kl_mean", temperature=20.0).kd.item()
     # the spec's own pair, 1.915 against 1.874 (at K = 5), is 2 % apart
     assert kl == pytest.approx(centred / (2 * classes), rel=0.03)
     # per unit weight and relative to the logit error: entropy 1/2, mse 1
-    shifted = losses.kd(student, teacher, "entropy", temperature=20).item() + 400 * math.log(classes)
+    shifted = distill_head(student, teacher, kd="entropy", temperature=20.0).kd.item() + 400 * math.log(classes)
     assert shifted == pytest.approx(centred / 2, rel=0.03)
-    assert losses.kd(student, teacher, "mse").item() == pytest.approx(difference.square().mean().item(), rel=1e-6)
+    mse = distill_head(student, teacher, kd="mse").kd.item()
+    assert mse == pytest.approx(difference.square().mean().item(), rel=1e-6)
 
 
 def test_masked_ce_has_the_gradient_of_zeroed_hard_samples():
     teacher, labels = 3 * normal(64, 10, seed=12), torch.randint(0, 10, (64,), generator=stream(13))
-    easy = losses.easy_mask(losses.difficulty(teacher, labels), 0.5, strict=True)
-    assert 0 < easy.sum() < 64
     ours = normal(64, 10, seed=14).requires_grad_()
-    losses.masked_ce(ours, labels, easy).backward()
+    head = distill_head(ours, teacher, labels, tau=0.5)
+    easy = head.easy
+    assert 0 < head.trusted < 64
+    head.ce.backward()
     released = ours.detach().clone().requires_grad_()
     # the released code replaces logits and label of hard samples by zeros and keeps them in the mean
     F.cross_entropy(released * easy[:, None], labels * easy).backward()
@@ -350,9 +352,11 @@ def test_masked_ce_has_the_gradient_of_zeroed_hard_samples():
 
 
 def test_the_profiles_differ_at_the_threshold():
-    delta = torch.tensor([0.25, 0.5, 0.75])
-    assert losses.easy_mask(delta, 0.5, strict=False).tolist() == [True, True, False]
-    assert losses.easy_mask(delta, 0.5, strict=True).tolist() == [True, False, False]
+    # difficulties of 1/4, of 1/2 exactly, and of 3/4
+    teacher = torch.tensor([[math.log(3), 0.0], [0.0, 0.0], [0.0, math.log(3)]])
+    labels = torch.zeros(3, dtype=torch.int64)
+    assert distill_head(teacher, teacher, labels, tau=0.5, strict=False).easy.tolist() == [True, True, False]
+    assert distill_head(teacher, teacher, labels, tau=0.5, strict=True).easy.tolist() == [True, False, False]
 
 
 def test_feature_alignment_ignores_a_positive_scale():

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from zsq_ext.bench import adaround, bn_act, codes_and_ranges, fake_quant, fake_quant_minmax, image, qdrop
+from zsq_ext.bench import adaround, bn_act, codes_and_ranges, fake_quant, fake_quant_minmax, heads, image, qdrop
 from zsq_ext.bench.subject import Subject, measured
 from zsq_ext.core.progress import Progress
 
@@ -17,6 +17,7 @@ FAMILIES = {
     "qdrop": qdrop.subjects,
     "bn_act": bn_act.subjects,
     "image": image.subjects,
+    "heads": heads.subjects,
 }
 
 

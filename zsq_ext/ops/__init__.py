@@ -6,17 +6,24 @@ from zsq_ext.ops.channel_range import channel_range
 from zsq_ext.ops.fake_quant import fake_quant
 from zsq_ext.ops.fake_quant_codes import dequantize, quantize
 from zsq_ext.ops.fake_quant_minmax import fake_quant_minmax
+from zsq_ext.ops.heads_cam import cam_map, count_active
+from zsq_ext.ops.heads_distill import KD_SCALINGS, Distilled, distill_head
 from zsq_ext.ops.image import resize_crops, view_images
 from zsq_ext.ops.qdrop import qdrop
 
 __all__ = [
+    "KD_SCALINGS",
+    "Distilled",
     "adaround",
     "adaround_many",
     "adaround_start",
     "bn_act",
+    "cam_map",
     "channel_range",
     "channel_sums",
+    "count_active",
     "dequantize",
+    "distill_head",
     "fake_quant",
     "fake_quant_minmax",
     "qdrop",

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zsq_ext.ops import cam_map, count_active
 from zsq_ext.synth.objectives import widen
 
 NORMALISATIONS = ("minmax_upsampled", "minmax_native", "raw")
@@ -99,13 +100,9 @@ def closed_form_alpha(
         )
     if classes.shape != (batch,):
         raise ValueError(f"closed_form_alpha: classes must have shape ({batch},), got {tuple(classes.shape)}")
-    passes = pre_activation > 0
-    if upper is not None:
-        passes &= pre_activation < upper
     positions = pre_activation[0, 0].numel()
-    # the count is an integer: converted before it is divided, or float64 weights would get an fp32 share
-    weight = widen(fc_weight)[classes]
-    return weight * slope * passes.sum((2, 3)).to(weight.dtype) / positions**2
+    # the count is an integer: multiplied before it is divided, or float64 weights would get an fp32 share
+    return widen(fc_weight)[classes] * slope * count_active(pre_activation, upper) / positions**2
 
 
 def autograd_alpha(logits: Tensor, activation: Tensor, classes: Tensor) -> Tensor:
@@ -131,30 +128,6 @@ def autograd_alpha(logits: Tensor, activation: Tensor, classes: Tensor) -> Tenso
     chosen = logits.gather(1, classes[:, None]).sum()
     (gradient,) = torch.autograd.grad(chosen, activation, retain_graph=True)
     return gradient.mean((2, 3))
-
-
-def cam_map(alpha: Tensor, activation: Tensor, *, floor: float | None = None) -> Tensor:
-    """The class activation map S = ReLU(sum_k alpha_k A_k).
-
-    Args:
-        alpha: weights (B, K), taken as constants.
-        activation: A, (B, K, H, W), the convolution's output.
-        floor: raise the weights to at least this (`ALPHA_FLOOR` as released); None leaves them as the paper does.
-
-    Returns:
-        (B, H, W) >= 0, in fp32 or wider, differentiable in activation.
-
-    Raises:
-        ValueError: a 1 x 1 map, or shapes that do not fit.
-    """
-    batch, channels = _check_map("cam_map", "activation", activation)
-    if alpha.shape != (batch, channels):
-        raise ValueError(f"cam_map: alpha must have shape ({batch}, {channels}), got {tuple(alpha.shape)}")
-    alpha = widen(alpha.detach())
-    if floor is not None:
-        alpha = alpha.clamp_min(floor)
-    # a product and a sum stay in fp32 under autocast, where a matrix product would not
-    return (alpha[:, :, None, None] * widen(activation)).sum(1).relu()
 
 
 def min_max_normalise(maps: Tensor, extremes: Tensor | None = None) -> Tensor:
@@ -211,7 +184,7 @@ def cam_loss(
         student_activation, teacher_activation: (B, K_s, H, W) and (B, K_t, H, W).
         normalise: a name from `NORMALISATIONS`.
         size: (H_in, W_in) of the images, needed by "minmax_upsampled" only.
-        floor: as for `cam_map`.
+        floor: raise the weights to at least this (`ALPHA_FLOOR` as released); None leaves them as the paper does.
 
     Returns:
         The loss, differentiable in student_activation alone.
@@ -223,9 +196,8 @@ def cam_loss(
     """
     if normalise not in NORMALISATIONS:
         raise ValueError(f"cam_loss: normalise must be one of {', '.join(NORMALISATIONS)}, got {normalise!r}")
-    student = cam_map(student_alpha, student_activation, floor=floor)
-    with torch.no_grad():
-        teacher = cam_map(teacher_alpha, teacher_activation, floor=floor)
+    student = _map("student", student_alpha, student_activation, floor)
+    teacher = _map("teacher", teacher_alpha, teacher_activation.detach(), floor)
     if student.shape != teacher.shape:
         raise ValueError(
             "cam_loss: student and teacher maps must have one shape (B, H, W), "
@@ -238,6 +210,12 @@ def cam_loss(
     if size is None:
         raise ValueError("cam_loss: size must be the images' (H, W) for minmax_upsampled, got None")
     return _upsampled_error(student, teacher, size)
+
+
+def _map(whose: str, alpha: Tensor, activation: Tensor, floor: float | None) -> Tensor:
+    _check_map("cam_loss", f"{whose}_activation", activation)
+    compute = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    return cam_map(activation, alpha.to(compute), floor=floor)
 
 
 def _upsampled_error(student: Tensor, teacher: Tensor, size: tuple[int, int]) -> Tensor:

@@ -16,21 +16,14 @@ from torch import Tensor, fx
 
 from zsq_ext.core.check import require
 from zsq_ext.core.steps import Terms
+from zsq_ext.ops import KD_SCALINGS, distill_head
 from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.graph import attribute, find, with_taps
 from zsq_ext.quant.prepare import weights_together
 from zsq_ext.quant.structure import ClassifierTail, cam_layer, classifier_tail, feature_maps
 from zsq_ext.tune.cam import ALPHA_FLOOR, autograd_alpha, bn_slope, cam_classes, cam_loss, closed_form_alpha
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, Perturb, SoftLabels
-from zsq_ext.tune.losses import (
-    KD_SCALINGS,
-    difficulty,
-    easy_mask,
-    feature_alignment,
-    kd,
-    masked_ce,
-    signed_perturbation,
-)
+from zsq_ext.tune.losses import feature_alignment, signed_perturbation
 
 Kind = TypeVar("Kind")
 
@@ -39,7 +32,7 @@ Kind = TypeVar("Kind")
 class DistillConfig:
     """The distillation terms. Defaults: SynQ, HAST and IntraQ (alpha 20, T 20: a factor of 8000)."""
 
-    kd: str = "kl_batchmean"  # or kl_mean, mse, entropy: see tune.losses.kd
+    kd: str = "kl_batchmean"  # or kl_mean, mse, entropy: see ops.distill_head
     alpha: float = 20.0
     temperature: float = 20.0
     ce: float = 0.5  # lambda_CE
@@ -96,14 +89,13 @@ class Distiller:
         maps = self._cam is not None
         teacher = self._teacher.run(x, with_grad=perturb is not None and perturb.through_teacher, maps=maps)
         student = self._student.run(x, with_grad=True, maps=maps)
-        easy = self._easy(teacher.logits, labels)
-        clean = self._bracket(student, teacher, labels, easy, self._align)
+        clean, easy = self._bracket(student, teacher, labels, None, self._align)
         terms = dict(clean)
         if perturb is not None:
             (direction,) = torch.autograd.grad(sum_terms(clean), [x], retain_graph=True)
             moved = signed_perturbation(x.detach(), direction, perturb.eps)
             align = self._align if perturb.feature_alignment else None
-            hard = self._bracket(
+            hard, _ = self._bracket(
                 self._student.run(moved, with_grad=True), self._teacher.run(moved), labels, easy, align
             )
             terms |= {f"{name}_perturbed": perturb.weight * value for name, value in hard.items()}
@@ -111,22 +103,27 @@ class Distiller:
             terms["cam"] = self._cam.weight * self._map_distance(self._cam, student, teacher, labels, images.shape[2:])
         return terms
 
-    def _easy(self, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        delta = difficulty(teacher_logits.detach(), labels)
-        if self._soft is None:
-            return torch.ones_like(delta, dtype=torch.bool)
-        return easy_mask(delta, self._soft.tau, strict=self._soft.strict)
-
     def _bracket(
-        self, student: _Seen, teacher: _Seen, labels: Tensor, easy: Tensor, align: FeatureAlign | None
-    ) -> Terms:
-        config = self.config
-        terms = {"kd": kd(student.logits, teacher.logits, config.kd, config.alpha, config.temperature)}
-        if config.ce > 0:
-            terms["ce"] = config.ce * masked_ce(student.logits, labels, easy)
+        self, student: _Seen, teacher: _Seen, labels: Tensor, easy: Tensor | None, align: FeatureAlign | None
+    ) -> tuple[Terms, Tensor | None]:
+        """The terms, and whose labels are trusted: decided here, unless it is known already."""
+        config, soft, hard = self.config, self._soft, self.config.ce > 0
+        head = distill_head(
+            student.logits,
+            teacher.logits,
+            labels if hard else None,
+            kd=config.kd,
+            alpha=config.alpha,
+            temperature=config.temperature,
+            ce=config.ce,
+            tau=soft.tau if soft is not None and easy is None else None,
+            strict=soft is not None and soft.strict,
+            easy=easy,
+        )
+        terms = {"kd": head.kd} | ({"ce": head.ce} if hard else {})
         if align is not None:
             terms["fa"] = align.weight * feature_alignment(teacher.features, student.features)
-        return terms
+        return terms, head.easy if hard else None
 
     def _map_distance(self, cam: CamAlign, student: _Seen, teacher: _Seen, labels: Tensor, size: torch.Size) -> Tensor:
         return cam_loss(
@@ -173,8 +170,8 @@ class _Network:
             if self._tail is not None and _positions(module, self._tail.features) == 1:
                 self._tail = None  # a map of one position explains nothing: an earlier layer's is taken
             self._cam = _cam_nodes(module, self._tail)
-        tapped = with_taps(weights_together(module), [*self._features, *self._cam.values()])
-        self._tapped = fuse(tapped) if fused else tapped
+        names = [*self._features, *self._cam.values()]
+        self._tapped = fuse(with_taps(weights_together(module), names)) if fused else with_taps(module, names)
 
     def run(self, images: Tensor, with_grad: bool = False, maps: bool = False) -> _Seen:
         """One forward.

@@ -17,6 +17,7 @@ from zsq_ext.ops.native.fake_quant import (
     quantize,
 )
 from zsq_ext.ops.native.fake_quant_minmax import fake_quant_minmax, fake_quant_minmax_out
+from zsq_ext.ops.native.heads import cam_map, cam_map_backward, count_active, distill_head, distill_head_backward
 from zsq_ext.ops.native.image import resize_crops, resize_crops_backward, view_images, view_images_backward
 from zsq_ext.ops.native.qdrop import qdrop, qdrop_backward
 
@@ -25,10 +26,15 @@ __all__ = [
     "adaround_backward",
     "bn_act",
     "bn_act_backward",
+    "cam_map",
+    "cam_map_backward",
     "channel_range",
     "channel_sums",
     "channel_sums_backward",
+    "count_active",
     "dequantize",
+    "distill_head",
+    "distill_head_backward",
     "fake_quant",
     "fake_quant_backward",
     "fake_quant_lsq_backward",

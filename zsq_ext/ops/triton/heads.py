@@ -1,0 +1,91 @@
+"""distill_head, cam_map, count_active and their gradients on Triton."""
+
+import torch
+from torch import Tensor
+
+from zsq_ext.ops.layout import COMPUTE, arranged, channels_last, empty_arranged, places_of
+from zsq_ext.ops.native.heads import trust_of, weights
+from zsq_ext.ops.reference.heads import ROW
+from zsq_ext.ops.triton.launch import kernels, on_device_of
+
+
+def _form(kd: str) -> str:
+    return "kl" if kd.startswith("kl_") else kd
+
+
+def distill_head(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    easy: Tensor | None,
+    kd: str,
+    alpha: float,
+    temperature: float,
+    ce: float,
+    tau: float | None,
+    strict: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    compute, (samples, classes) = COMPUTE[student.dtype], student.shape
+    rows = student.new_empty((samples, ROW), dtype=compute)
+    out = student.new_empty(samples, dtype=torch.bool)
+    total_kd, total_ce = (student.new_empty((), dtype=compute) for _ in range(2))
+    counts = student.new_empty(3, dtype=torch.int64)
+    labels = None if labels is None else labels.contiguous()
+    given = None if easy is None else easy.contiguous().view(torch.uint8)
+    with on_device_of(student):
+        kernels("heads").distill_head(
+            *(student.contiguous(), teacher.contiguous(), labels, given),
+            *(rows, out.view(torch.uint8), total_kd, total_ce, counts, samples, classes, temperature),
+            *(0.0 if tau is None else tau, weights(student, kd, alpha, temperature, ce)),
+            *(_form(kd), trust_of(easy, tau, strict)),
+        )
+    return total_kd, total_ce, out, counts, rows
+
+
+def distill_head_backward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    easy: Tensor,
+    rows: Tensor,
+    grad_kd: Tensor | None,
+    grad_ce: Tensor | None,
+    kd: str,
+    alpha: float,
+    temperature: float,
+    ce: float,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor]:
+    ds, dt = (student.new_empty(student.shape if need else (0,)) for need in (need_student, need_teacher))
+    labels = None if labels is None else labels.contiguous()
+    with on_device_of(student):
+        kernels("heads").distill_head_backward(
+            *(student.contiguous(), teacher.contiguous(), labels, easy.contiguous().view(torch.uint8)),
+            *(rows.contiguous(), grad_kd, grad_ce, ds if need_student else None, dt if need_teacher else None),
+            *(*student.shape, temperature, weights(student, kd, alpha, temperature, ce), _form(kd)),
+        )
+    return ds, dt
+
+
+def cam_map(activation: Tensor, alpha: Tensor, floor: float | None) -> Tensor:
+    maps = alpha.new_empty((activation.size(0), *activation.shape[2:]))
+    seen = arranged(activation, channels_last(activation))
+    with on_device_of(activation):
+        kernels("heads").cam_map(seen, alpha.contiguous(), maps, *places_of(activation), floor)
+    return maps
+
+
+def cam_map_backward(activation: Tensor, alpha: Tensor, maps: Tensor, grad: Tensor, floor: float | None) -> Tensor:
+    out = empty_arranged(activation, channels_last(activation))
+    read = (t.contiguous() for t in (alpha, maps, grad))
+    with on_device_of(activation):
+        kernels("heads").cam_map_backward(*read, out, *places_of(activation), floor)
+    return out
+
+
+def count_active(x: Tensor, upper: float | None) -> Tensor:
+    count = x.new_empty(x.shape[:2], dtype=torch.int32)
+    with on_device_of(x):
+        kernels("heads").count_active(arranged(x, channels_last(x)), count, *places_of(x), upper)
+    return count

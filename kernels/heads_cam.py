@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 _WARPS = 4
-# What a program of cam_map sums before it moves on : channels times positions, or positions times channels.
+# What a program of cam_map sums before it moves on: channels times positions, or positions times channels.
 _CHANNELS = 64
 _PLACES = 32
 # Elements of the activation's gradient per program. The interpreter pays per program, not per element.

@@ -12,13 +12,13 @@ _WARPS = 4
 _BLOCK = 1024
 
 _LOG_FLOOR = tl.constexpr(-80.0)
-# Columns of a row, [samples, 8] float32 : value, base, shift, ce, lse, wrong, right, agree.
+# Columns of a row, [samples, 8] float32: value, base, shift, ce, lse, wrong, right, agree.
 _ROW = tl.constexpr(8)
 
 
 @triton.jit
 def _log1p(x):
-    # The interpreter has no libdevice.log(y) * x / (y - 1) with y = 1 + x rounded : what y lost cancels(Kahan).
+    # The interpreter has no libdevice. log(y) * x / (y - 1) with y = 1 + x rounded: what y lost cancels (Kahan).
     y = 1.0 + x
     d = y - 1.0
     return tl.where(d == 0.0, x, tl.div_rn(tl.log(y) * x, tl.where(d == 0.0, 1.0, d)))

@@ -106,7 +106,7 @@ def _hooked(module: fx.GraphModule, teacher: Teacher) -> Callable[[Tensor, Tenso
 def _rows(op: str, net: str, step: Step, eager: Step, device: str) -> list[dict[str, Any]]:
     expected = step_on("reference", step)
     # What rounds is alike on every backend, and min-max ranges are; sums, of the losses too, differ in their last bits,
-    # and a pixel whose gradient is almost zero may then be moved the other way (1e-5 was seen). On CUDA some of
+    # and a pixel whose gradient is almost zero may then be moved the other way (5e-6 was seen). On CUDA some of
     # PyTorch's own backwards add in any order.
     tolerance = 1e-3 if device == "cuda" or op == "synq_tuning_step" else 1e-5
     contenders = {}

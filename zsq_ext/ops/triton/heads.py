@@ -33,7 +33,7 @@ def distill_head(
     labels = None if labels is None else labels.contiguous()
     given = None if easy is None else easy.contiguous().view(torch.uint8)
     with on_device_of(student):
-        kernels("heads").distill_head(
+        kernels("heads_distill").distill_head(
             *(student.contiguous(), teacher.contiguous(), labels, given),
             *(rows, out.view(torch.uint8), total_kd, total_ce, counts, samples, classes, temperature),
             *(0.0 if tau is None else tau, weights(student, kd, alpha, temperature, ce)),
@@ -60,7 +60,7 @@ def distill_head_backward(
     ds, dt = (student.new_empty(student.shape if need else (0,)) for need in (need_student, need_teacher))
     labels = None if labels is None else labels.contiguous()
     with on_device_of(student):
-        kernels("heads").distill_head_backward(
+        kernels("heads_distill").distill_head_backward(
             *(student.contiguous(), teacher.contiguous(), labels, easy.contiguous().view(torch.uint8)),
             *(rows.contiguous(), grad_kd, grad_ce, ds if need_student else None, dt if need_teacher else None),
             *(*student.shape, temperature, weights(student, kd, alpha, temperature, ce), _form(kd)),
@@ -72,7 +72,7 @@ def cam_map(activation: Tensor, alpha: Tensor, floor: float | None) -> Tensor:
     maps = alpha.new_empty((activation.size(0), *activation.shape[2:]))
     seen = arranged(activation, channels_last(activation))
     with on_device_of(activation):
-        kernels("heads").cam_map(seen, alpha.contiguous(), maps, *places_of(activation), floor)
+        kernels("heads_cam").cam_map(seen, alpha.contiguous(), maps, *places_of(activation), floor)
     return maps
 
 
@@ -80,12 +80,12 @@ def cam_map_backward(activation: Tensor, alpha: Tensor, maps: Tensor, grad: Tens
     out = empty_arranged(activation, channels_last(activation))
     read = (t.contiguous() for t in (alpha, maps, grad))
     with on_device_of(activation):
-        kernels("heads").cam_map_backward(*read, out, *places_of(activation), floor)
+        kernels("heads_cam").cam_map_backward(*read, out, *places_of(activation), floor)
     return out
 
 
 def count_active(x: Tensor, upper: float | None) -> Tensor:
     count = x.new_empty(x.shape[:2], dtype=torch.int32)
     with on_device_of(x):
-        kernels("heads").count_active(arranged(x, channels_last(x)), count, *places_of(x), upper)
+        kernels("heads_cam").count_active(arranged(x, channels_last(x)), count, *places_of(x), upper)
     return count

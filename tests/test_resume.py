@@ -13,8 +13,10 @@ from zsq_ext.core.run import load_tensors
 
 # one run of `quantize`; where a stage reaches a step, the process gets a signal that nothing in it expects
 RUN = """
-import os, sys
+import os, signal, sys
 from contextlib import contextmanager
+# a shell that starts a job in the background has it ignore the keyboard, and so would this process
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from dataclasses import replace
 import torch
 from torch import nn

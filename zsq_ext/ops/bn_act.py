@@ -337,7 +337,7 @@ def channel_sums(u: Tensor, mean: Tensor, stats: str = "batch") -> tuple[Tensor,
     return _op_sums(u, mean, stats)
 
 
-def statistics_of(s1: Tensor, s2: Tensor, count: int, mean: Tensor) -> tuple[Tensor, Tensor]:
+def statistics_of(s1: Tensor, s2: Tensor, count: int | Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The data's mean and biased variance from the sums of `bn_act` or `channel_sums`.
 
         data_mean = mean + S1 / count,     data_var = S2 / count - (S1 / count)^2, never below zero
@@ -346,7 +346,7 @@ def statistics_of(s1: Tensor, s2: Tensor, count: int, mean: Tensor) -> tuple[Ten
 
     Args:
         s1, s2: sums, (C,) or (N, C).
-        count: how many values of a channel were added up, > 0.
+        count: how many values of a channel were added up, > 0; a tensor, one per channel, is not checked.
         mean: what they were shifted by, (C,).
 
     Returns:
@@ -360,7 +360,7 @@ def statistics_of(s1: Tensor, s2: Tensor, count: int, mean: Tensor) -> tuple[Ten
         >>> statistics_of(*channel_sums(torch.tensor([[1.0, -1.0], [3.0, 5.0]]), mean), 2, mean)
         (tensor([2., 2.]), tensor([1., 9.]))
     """
-    if not count > 0:
+    if not isinstance(count, Tensor) and not count > 0:
         raise ValueError(f"statistics_of: count must be > 0, got {count}")
     shift = s1 / count
     return mean + shift, (s2 / count - shift.square()).clamp_min(0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from zsq_ext.ops import statistics_of
 from zsq_ext.quant.fuse import fuse_with_statistics
 from zsq_ext.quant.graph import attribute, batch_norms, find
 from zsq_ext.synth.objectives import Statistics
@@ -69,10 +70,8 @@ class Teacher:
 
     def statistics_of(self, s1: Tensor, s2: Tensor, images: int) -> Statistics:
         """Mean and biased variance per channel from the sums over that many images."""
-        count = self._places * images
-        shift = s1 / count
-        variance = (s2 / count - shift.square()).clamp_min(0)
-        return Statistics(self.target.mean + shift, variance, self.target.channels)
+        mean, variance = statistics_of(s1, s2, self._places * images, self.target.mean)
+        return Statistics(mean, variance, self.target.channels)
 
     def observe(self, images: Tensor, labels: Tensor) -> Context:
         """One forward, differentiable in the images."""

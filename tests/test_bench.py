@@ -1,5 +1,6 @@
 """The measuring room: what is timed is right, floors are what they say, and the tables show it."""
 
+import functools
 import math
 from xml.etree import ElementTree
 
@@ -10,6 +11,7 @@ from torch import nn
 from zsq_ext import bench
 from zsq_ext.bench import compare, families, image, roofline, steps, timing
 from zsq_ext.core.progress import QUIET
+from zsq_ext.ops.backend import choice
 from zsq_ext.ops.cases import adaround as cases_adaround
 from zsq_ext.ops.cases import bn_act as cases_bn_act
 from zsq_ext.ops.cases import fake_quant as cases
@@ -25,7 +27,9 @@ SECONDS = 0.01
 def quick(monkeypatch):
     """Clocks that look for a moment only: what is tested is the rows, not the times."""
     compare = timing.compare
-    monkeypatch.setattr(timing, "compare", lambda *args, seconds=0.0: compare(*args, seconds=SECONDS))
+    monkeypatch.setattr(
+        timing, "compare", lambda contenders, inputs, device, seconds=0.0: compare(contenders, inputs, device, SECONDS)
+    )
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(timing, "matmul_rate", lambda device: 1e9)
 
@@ -158,15 +162,23 @@ def test_what_is_wrong_is_not_timed():
     timing.assert_equal("something", torch.ones(2), torch.tensor([1.0, 1.0 + 1e-6]), tolerance=1e-3)
 
 
-def test_contenders_meet_the_inputs_in_turn():
-    seen = {"a": [], "b": []}
-    contenders = {name: seen[name].append for name in seen}
-    times = timing.compare(contenders, [(0,), (1,)], "cpu", seconds=0.0)
+def test_contenders_take_turns_on_inputs_that_no_other_has_just_read():
+    seen = []
+    contenders = {name: functools.partial(lambda name, i: seen.append((name, i)), name) for name in "ab"}
+    times = timing.compare(contenders, [(0,), (1,), (2,)], "cpu", seconds=0.0)
     assert set(times) == {"a", "b"}
-    # three calls to warm up and one to learn the pace, on the first input; then five rounds or more over both
-    assert seen["a"][:4] == [0] * 4
-    assert seen["a"][4:9] == [0, 1, 0, 1, 0]
-    assert seen["a"] == seen["b"]
+    assert [i for _, i in seen] == [k % 3 for k in range(len(seen))]
+    turns = [{name for name, _ in seen[k : k + 4]} for k in range(0, len(seen), 4)]
+    # one turn to warm up, then three rounds, each begun by another
+    assert turns == [{name} for name in "ababbaab"]
+
+
+def test_a_forced_backend_is_chosen_outside_the_clock():
+    seen = []
+    record = lambda: seen.append(choice())  # noqa: E731
+    timing.compare({"free": record, "forced": timing.Forced("reference", record)}, [()], "cpu", seconds=0.0)
+    assert seen[:8] == ["auto"] * 4 + ["reference"] * 4
+    assert timing.Forced("cpu", choice)() == "cpu"
 
 
 def test_inputs_outgrow_the_cache():

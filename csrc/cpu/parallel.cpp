@@ -1,5 +1,6 @@
 #include "csrc/cpu/parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -10,6 +11,12 @@
 
 namespace zsq {
 namespace {
+
+// PyTorch's threads wait for its next operator by spinning, and threads of our own would have to share the cores with
+// them for milliseconds. So the loop runs on PyTorch's threads where their OpenMP runtime can be found in the process
+// (GNU's, or LLVM's or Intel's, which answer to the same name), and on a pool of our own elsewhere.
+using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+const auto openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
 
 struct Job {
   const std::function<void(int64_t, int64_t)>* body;
@@ -69,10 +76,14 @@ class Pool {
   int workers_ = 0, wanted_ = 0, active_ = 0;
 };
 
-// Never destroyed: its threads sleep in it until the process ends. A forked child has no threads but its own,
-// so it starts a pool of its own.
+// Never destroyed: its threads sleep in it until the process ends. A forked child has no threads but its own and cannot
+// start those of OpenMP again, so it starts a pool.
 Pool* pool = new Pool;
-const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+bool forked = false;
+const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+  pool = new Pool;
+  forked = true;
+});
 
 }  // namespace
 
@@ -80,9 +91,11 @@ void parallel_for(int64_t n, int64_t grain, int threads, const std::function<voi
   if (n <= 0) return;
   const int64_t pieces = (n + grain - 1) / grain;
   const int helpers = static_cast<int>(std::min<int64_t>(threads, pieces)) - 1;
-  std::unique_lock<std::mutex> turn(pool->taken, std::defer_lock);
-  if (helpers < 1 || !turn.try_lock()) return body(0, n);
+  if (helpers < 1) return body(0, n);
   Job job{&body, n, grain};
+  if (openmp && !forked) return openmp([](void* job) { static_cast<Job*>(job)->work(); }, &job, helpers + 1, 0);
+  std::unique_lock<std::mutex> turn(pool->taken, std::defer_lock);
+  if (!turn.try_lock()) return body(0, n);
   pool->run(job, helpers);
 }
 

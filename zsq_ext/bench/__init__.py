@@ -22,7 +22,7 @@ def run(suite: str, progress: Progress = QUIET, **options: Any) -> dict[str, Any
     Args:
         suite: a key of `SUITES`.
         progress: where to report.
-        options: what the suite takes besides: `families` takes `only` and `inductor`.
+        options: what the suite takes besides: `families` takes `only`, `inductor` and `seconds`.
 
     Returns:
         {"suite", "environment", "rows"}, ready for JSON.

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from zsq_ext.bench import adaround, bn_act, codes_and_ranges, fake_quant, fake_quant_minmax, heads, image, qdrop
+from zsq_ext.bench import adaround, bn_act, codes_and_ranges, fake_quant, fake_quant_minmax, heads, image, qdrop, timing
 from zsq_ext.bench.subject import Subject, measured
 from zsq_ext.core.progress import Progress
 
@@ -21,13 +21,16 @@ FAMILIES = {
 }
 
 
-def rows(progress: Progress, *, only: str | None = None, inductor: bool = False) -> list[dict[str, Any]]:
+def rows(
+    progress: Progress, *, only: str | None = None, inductor: bool = False, seconds: float | None = None
+) -> list[dict[str, Any]]:
     """All families, or one.
 
     Args:
         progress: where to report.
         only: a family's name.
         inductor: also time what torch.compile makes of the eager peer; each takes seconds to compile.
+        seconds: about how long each subject is timed, its peers included.
 
     Raises:
         ValueError: no family has that name.
@@ -43,6 +46,6 @@ def rows(progress: Progress, *, only: str | None = None, inductor: bool = False)
     found = []
     with progress.stage("families", len(subjects)) as stage:
         for subject in subjects:
-            found += measured(subject, inductor)
+            found += measured(subject, inductor, timing.SECONDS if seconds is None else seconds)
             stage.advance(note=f"{subject.op} {subject.case}")
     return found

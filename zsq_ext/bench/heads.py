@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zsq_ext.bench.subject import Subject
-from zsq_ext.bench.timing import forced
+from zsq_ext.bench.timing import Forced
 from zsq_ext.ops import cam_map, count_active, distill_head
 from zsq_ext.ops.cases import heads as cases
 
@@ -49,7 +49,7 @@ def _distill(case: cases.DistillCase, device: str) -> Subject:
         flops=150 * n,  # of which 9 exponentials
         inputs=lambda seed: case.args(device, seed),
         ours=gradient(head),
-        expected=forced("reference", gradient(head)),
+        expected=Forced("reference", gradient(head)),
         peers={"eager": gradient(_eager)},
         # of the gradient's norm: the last bit of a 16-bit type, and 40 roundings of float32
         tolerance=torch.finfo(case.dtype).eps if case.dtype.itemsize == 2 else 40 * 2**-24,
@@ -104,7 +104,7 @@ def _map(case: cases.CamCase, device: str) -> Subject:
         flops=3 * n,
         inputs=lambda seed: (*case.args(device, seed)[:2], case.grad(device)),
         ours=gradient(cam_map),
-        expected=forced("reference", gradient(cam_map)),
+        expected=Forced("reference", gradient(cam_map)),
         peers={"eager": gradient(product), "bmm": gradient(bmm)},
         # a sum near zero may pass the ReLU in one rounding and not in another: a few of many positions
         tolerance=0.05,
@@ -132,6 +132,6 @@ def _count(case: cases.CamCase, device: str) -> Subject:
         flops=2 * n,
         inputs=lambda seed: (case.activation(device, seed),),
         ours=ours,
-        expected=forced("reference", ours),
+        expected=Forced("reference", ours),
         peers={"eager": eager},
     )

@@ -104,7 +104,7 @@ def _hooked(module: fx.GraphModule, teacher: Teacher) -> Callable[[Tensor, Tenso
 
 
 def _rows(op: str, net: str, step: Step, eager: Step, device: str) -> list[dict[str, Any]]:
-    expected = step_on("reference", step)
+    expected = timing.Forced("reference", step)()
     # What rounds is alike on every backend, and min-max ranges are; sums, of the losses too, differ in their last bits,
     # and a pixel whose gradient is almost zero may then be moved the other way (5e-6 was seen). On CUDA some of
     # PyTorch's own backwards add in any order.
@@ -114,10 +114,10 @@ def _rows(op: str, net: str, step: Step, eager: Step, device: str) -> list[dict[
         interpreted = name == "triton" and device == "cpu"
         if interpreted or backend.reason_against(name, "fake_quant", device, torch.float32):
             continue
-        for got, want in zip(step_on(name, step), expected, strict=True):
+        contenders[name] = timing.Forced(name, step)
+        for got, want in zip(contenders[name](), expected, strict=True):
             timing.assert_equal(f"{op} on {name}", got, want, tolerance)
-        contenders[name] = lambda name=name: step_on(name, step)
-    times = timing.compare({**contenders, "eager": timing.forced("reference", eager)}, [()], device, seconds=20)
+    times = timing.compare({**contenders, "eager": timing.Forced("reference", eager)}, [()], device, seconds=20)
     flops = count_flops(step)
     found = []
     for name in contenders:
@@ -129,12 +129,6 @@ def _rows(op: str, net: str, step: Step, eager: Step, device: str) -> list[dict[
         row["outside_convolutions"] = outside_convolutions(contenders[name], device)
         found.append(row)
     return found
-
-
-def step_on(name: str, step: Callable[[], Any]) -> Any:
-    """One step with every op on that backend."""
-    with backend.backend(name):
-        return step()
 
 
 def count_flops(step: Callable[[], Any]) -> int:

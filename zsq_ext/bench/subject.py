@@ -43,7 +43,7 @@ class Subject:
     products: bool = False
 
 
-def measured(subject: Subject, inductor: bool = False) -> list[dict[str, Any]]:
+def measured(subject: Subject, inductor: bool = False, seconds: float = timing.SECONDS) -> list[dict[str, Any]]:
     """One row for every backend that runs it here but the reference.
 
     Raises:
@@ -58,13 +58,13 @@ def measured(subject: Subject, inductor: bool = False) -> list[dict[str, Any]]:
         interpreted = name == "triton" and subject.device == "cpu"
         reason = backend.reason_against(name, subject.runs or subject.op, subject.device, subject.dtype)
         if name != "reference" and not interpreted and reason is None:
-            ours[name] = timing.forced(name, subject.ours)
+            ours[name] = timing.Forced(name, subject.ours)
     expected = subject.expected(*inputs[0])
     for name, function in ours.items():
         what = f"{subject.op} on {name}, {subject.case}, {subject.pass_}"
         for got, want in zip(_several(function(*inputs[0])), _several(expected), strict=True):
             timing.assert_equal(what, got, want, subject.tolerance)
-    times = timing.compare({**ours, **peers}, inputs, subject.device)
+    times = timing.compare({**ours, **peers}, inputs, subject.device, seconds)
     return [
         timing.row(
             op=subject.op,

@@ -1,6 +1,8 @@
 """Timing that can be trusted: medians after warm-up, inputs past the cache, floors measured in the same run."""
 
+import contextlib
 import functools
+import itertools
 import os
 import platform
 import time
@@ -19,6 +21,10 @@ from zsq_ext.ops.backend import backend, backends
 _CPU_CACHE_BYTES = 64 << 20
 # More copies of a small input would not be further from the cache, only slower to make.
 _MAX_COPIES = 64
+# Counted calls of a turn.
+_CALLS = 3
+# How long a subject is timed, its peers included.
+SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -37,65 +43,60 @@ def copies(make: Callable[[int], Any], call_bytes: int, device: str) -> list[Any
 
 
 def compare(
-    contenders: dict[str, Callable[..., Any]], inputs: Sequence[Any], device: str, seconds: float = 1.0
+    contenders: dict[str, Callable[..., Any]], inputs: Sequence[Any], device: str, seconds: float = SECONDS
 ) -> dict[str, Timing]:
-    """Times each contender on the inputs in turn: one call of each per round, so that all meet the same machine.
+    """Times the contenders on the inputs, taking turns, so that all meet the same machine.
+
+    A turn is a few calls one after the other, as a program makes them; the first is not counted, because it finds the
+    allocator and the threads as another contender left them. Every call takes the next input, and every round another
+    contender begins, so that none is served from a cache that a peer has filled.
 
     Args:
         contenders: name -> function of one element of inputs, unpacked.
         inputs: see `copies`.
-        seconds: about how long all of it may take; at least 5 rounds run, and at most 1000.
+        seconds: about how long all of it may take; at least 3 rounds run, and at most 500.
     """
-    for function in contenders.values():
-        for _ in range(3):
-            function(*inputs[0])
-    _sync(device)
+    clock = _cuda_ms if device == "cuda" else _cpu_ms
+    taken = itertools.cycle(inputs)
+
+    def turn(function: Callable[..., Any]) -> list[float]:
+        inner, on = (function.function, function.on) if isinstance(function, Forced) else (function, None)
+        with contextlib.nullcontext() if on is None else backend(on):
+            return [clock(inner, next(taken)) for _ in range(1 + _CALLS)][1:]
+
+    for function in contenders.values():  # warm
+        turn(function)
     begin = time.perf_counter()
-    for function in contenders.values():
-        function(*inputs[0])
-    _sync(device)
-    rounds = int(min(1000, max(5, seconds / (time.perf_counter() - begin))))
-    stop = _cuda_times if device == "cuda" else _cpu_times
-    return {name: _summary(times) for name, times in stop(contenders, inputs, rounds).items()}
+    times = {name: turn(function) for name, function in contenders.items()}
+    rounds = int(min(500, max(3, seconds / (time.perf_counter() - begin))))
+    names = list(contenders)
+    for i in range(1, rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            times[name] += turn(contenders[name])
+    return {name: _summary(found) for name, found in times.items()}
 
 
-def _cpu_times(contenders: dict[str, Callable[..., Any]], inputs: Sequence[Any], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds):
-        args = inputs[i % len(inputs)]
-        for name, function in contenders.items():
-            begin = time.perf_counter()
-            result = function(*args)
-            times[name].append((time.perf_counter() - begin) * 1e3)
-            del result  # freed outside the clock, so that every call finds the same allocator
-    return times
+def _cpu_ms(function: Callable[..., Any], args: Any) -> float:
+    begin = time.perf_counter()
+    result = function(*args)
+    ms = (time.perf_counter() - begin) * 1e3
+    del result  # freed outside the clock, so that every call finds the same allocator
+    return ms
 
 
-def _cuda_times(
-    contenders: dict[str, Callable[..., Any]], inputs: Sequence[Any], rounds: int
-) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds):
-        args = inputs[i % len(inputs)]
-        for name, function in contenders.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            function(*args)
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end))
-    return times
+def _cuda_ms(function: Callable[..., Any], args: Any) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    function(*args)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def _summary(times: list[float]) -> Timing:
     ordered = sorted(times)
     at = lambda q: ordered[round(q * (len(ordered) - 1))]  # noqa: E731
     return Timing(at(0.5), at(0.1), at(0.9))
-
-
-def _sync(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 @functools.cache
@@ -134,14 +135,16 @@ def peak_mb(function: Callable[[], Any], device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def forced(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with every op in it on that backend."""
+@dataclass(frozen=True)
+class Forced:
+    """A function with every op in it on one backend. `compare` chooses the backend outside the clock."""
 
-    def run(*args: Any) -> Any:
-        with backend(name):
-            return function(*args)
+    on: str
+    function: Callable[..., Any]
 
-    return run
+    def __call__(self, *args: Any) -> Any:
+        with backend(self.on):
+            return self.function(*args)
 
 
 def assert_equal(name: str, got: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:

@@ -48,6 +48,9 @@ def bench(
     suite: Annotated[str, typer.Option(help="families, the ops; or steps, one step of each engine.")] = "families",
     only: Annotated[str | None, typer.Option(help="One family, such as fake_quant.")] = None,
     inductor: Annotated[bool, typer.Option("--inductor", help="Also time torch.compile of the eager peers.")] = False,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="How long each op is timed in each case, peers included; 0.25.")
+    ] = None,
     compare: Annotated[
         Path | None, typer.Option(help="An older --json file: shows what changed beyond the noise of both runs.")
     ] = None,
@@ -64,7 +67,7 @@ def bench(
     before = None if compare is None else _result(compare)
     if before is not None:
         comparing.check(before, suite)
-    result = benches.run(suite, Progress(quiet=quiet), only=only, inductor=inductor)
+    result = benches.run(suite, Progress(quiet=quiet), only=only, inductor=inductor, seconds=seconds)
     compared = None if before is None else comparing.compare(before, result)
     write_json(json, result)
     if plot is not None:

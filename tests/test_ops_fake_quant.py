@@ -9,8 +9,6 @@ Of groups and `out`, likewise: a group's length taken for a channel's (groups), 
 """
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -255,21 +253,6 @@ def test_any_number_of_threads(name, threads):
         assert_same(fake_quant(*args), reference.fake_quant(*args))
     finally:
         torch.set_num_threads(before)
-
-
-def test_threads_survive_a_fork():
-    code = """
-import os, torch
-from zsq_ext.ops import fake_quant
-torch.set_num_threads(2)
-x, s, z = torch.randn(1 << 19), torch.ones(1), torch.zeros(1, dtype=torch.int32)
-before = fake_quant(x, s, z, -8, 7)
-child = os.fork()
-if child == 0:
-    os._exit(0 if torch.equal(fake_quant(x, s, z, -8, 7), before) else 1)
-assert os.waitpid(child, 0)[1] == 0
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_scale_and_zero_point_broadcast_and_need_not_be_contiguous():

@@ -67,6 +67,7 @@ void columns_scalar(const Span<T>& s, int64_t n, const FakeQuantArgs& a, int64_t
 
 template <class T>
 ZSQ_AVX2 inline void eight(const Span<T>& s, int64_t i, const Grid8& q, __m256& step, __m256& clip) {
+  ahead(s.grad + i), ahead(s.x + i), ahead(s.dx + i);
   const __m256 grad = load8(s.grad + i);
   const __m256 ratio = _mm256_div_ps(load8(s.x + i), q.scale);
   const __m256 mask = inside8(_mm256_add_ps(ratio, q.zero_point), q);

@@ -33,7 +33,7 @@ def _subject(case: cases.BnActCase, device: str, pass_: str) -> Subject:
         pass_=pass_,
         bytes_=_tensors(case)[pass_] * n * case.dtype.itemsize,
         flops=(7 if pass_ == "forward" else 15) * n,
-        inputs=lambda seed: (case.grads(device), case.args(device, seed)),
+        inputs=lambda: (case.grads(device), case.args(device)),
         ours=_pass(bn_act, pass_),
         expected=lambda grads, args: _expected(case, grads, args, pass_),
         peers={"eager": _pass(_eager, pass_), "clone": lambda grads, args: args["u"].clone()},

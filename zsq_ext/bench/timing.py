@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from zsq_ext.core.machine import cpu_name
 from zsq_ext.ops.backend import backend, backends
@@ -21,10 +23,10 @@ from zsq_ext.ops.backend import backend, backends
 _CPU_CACHE_BYTES = 64 << 20
 # More copies of a small input would not be further from the cache, only slower to make.
 _MAX_COPIES = 64
-# Counted calls of a turn.
-_CALLS = 3
+# Counted calls of a turn, which ends early where they are slow; a call as slow as that is counted even as the first.
+_CALLS, _TURN_MS = 3, 50.0
 # How long a subject is timed, its peers included.
-SECONDS = 0.25
+SECONDS = 0.15
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,11 @@ class Timing:
     p90: float
 
 
-def copies(make: Callable[[int], Any], call_bytes: int, device: str) -> list[Any]:
-    """make(0), make(1), ...: as many inputs as it takes that none is in the cache when its turn comes again."""
+def copies(args: Any, call_bytes: int, device: str) -> list[Any]:
+    """As many copies of the tensors in args as it takes that none is in the cache when its turn comes again."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else _CPU_CACHE_BYTES
-    return [make(i) for i in range(min(_MAX_COPIES, 2 + 2 * cache // max(call_bytes, 1)))]
+    again = lambda: tree_map_only(Tensor, torch.clone, args)  # noqa: E731
+    return [args, *(again() for _ in range(min(_MAX_COPIES - 1, 1 + 2 * cache // max(call_bytes, 1))))]
 
 
 def compare(
@@ -48,13 +51,13 @@ def compare(
     """Times the contenders on the inputs, taking turns, so that all meet the same machine.
 
     A turn is a few calls one after the other, as a program makes them; the first is not counted, because it finds the
-    allocator and the threads as another contender left them. Every call takes the next input, and every round another
-    contender begins, so that none is served from a cache that a peer has filled.
+    allocator and the threads as another contender left them. Every call takes the next input and every round has an
+    order of its own, so that none is served from a cache that a peer has filled, or always follows the same one.
 
     Args:
         contenders: name -> function of one element of inputs, unpacked.
         inputs: see `copies`.
-        seconds: about how long all of it may take; at least 3 rounds run, and at most 500.
+        seconds: about how long all of it may take; at least 2 rounds run, and at most 500.
     """
     clock = _cuda_ms if device == "cuda" else _cpu_ms
     taken = itertools.cycle(inputs)
@@ -62,16 +65,20 @@ def compare(
     def turn(function: Callable[..., Any]) -> list[float]:
         inner, on = (function.function, function.on) if isinstance(function, Forced) else (function, None)
         with contextlib.nullcontext() if on is None else backend(on):
-            return [clock(inner, next(taken)) for _ in range(1 + _CALLS)][1:]
+            found = [clock(inner, next(taken))]
+            while len(found) <= _CALLS and sum(found) < _TURN_MS:
+                found.append(clock(inner, next(taken)))
+            return found[1:] or found
 
-    for function in contenders.values():  # warm
-        turn(function)
+    for function in contenders.values():  # compiled and loaded before any clock runs
+        function(*inputs[0])
     begin = time.perf_counter()
     times = {name: turn(function) for name, function in contenders.items()}
-    rounds = int(min(500, max(3, seconds / (time.perf_counter() - begin))))
+    rounds = int(min(500, max(2, seconds / (time.perf_counter() - begin))))
     names = list(contenders)
-    for i in range(1, rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+    order = random.Random(0)
+    for _ in range(1, rounds):
+        for name in order.sample(names, len(names)):
             times[name] += turn(contenders[name])
     return {name: _summary(found) for name, found in times.items()}
 

@@ -56,7 +56,7 @@ def grid(
             raise TypeError(f"{op}: {label} must be {dtype} for {of} {name}{under}, got {t.dtype}")
         if t.dim() == 2 and axis == 0 and t.size(0) == channels:
             _check_groups(op, label, x, t)
-        elif t.dim() != 1 or t.size(0) not in (1, channels):
+        elif t.dim() != 1 or t.numel() not in (1, channels):
             shapes = "(1,)" if axis is None else f"(1,) or ({channels},)"
             shapes = f"(1,), ({channels},) or ({channels}, G)" if axis == 0 else shapes
             raise ValueError(f"{op}: {label} must have shape {shapes}, got {tuple(t.shape)}")

@@ -45,8 +45,9 @@ def is_dense(t: Tensor) -> bool:
 
 def empty_for(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result of x's shape: ordered as x is, but contiguous where scale has groups (C, G)."""
-    order = torch.contiguous_format if scale.dim() == 2 else torch.preserve_format
-    return torch.empty_like(x, dtype=dtype, memory_format=order)
+    if scale.dim() != 2:
+        return torch.empty_like(x, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def head(first: Tensor | Sequence[Tensor]) -> Tensor:

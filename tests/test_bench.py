@@ -30,7 +30,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(
         timing, "compare", lambda contenders, inputs, device, seconds=0.0: compare(contenders, inputs, device, SECONDS)
     )
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device, call_bytes=None: 1e9)
     monkeypatch.setattr(timing, "matmul_rate", lambda device: 1e9)
 
 
@@ -186,7 +186,7 @@ def test_a_forced_backend_is_chosen_outside_the_clock():
 def test_inputs_outgrow_the_cache():
     args = (torch.arange(4.0).expand(3, 4).t(), {"axis": 1, "list": [torch.ones(2)]})
     made = timing.copies(args, 16 << 20, "cpu")
-    assert len(made) * (16 << 20) > 2 * timing._CPU_CACHE_BYTES
+    assert len(made) * (16 << 20) > 2 * timing.cache_bytes("cpu")
     assert len({x.data_ptr() for x, _ in made}) == len({rest["list"][0].data_ptr() for _, rest in made}) == len(made)
     assert all(torch.equal(x, args[0]) and rest["axis"] == 1 for x, rest in made)
     assert len(timing.copies(args, 1, "cpu")) == timing._MAX_COPIES

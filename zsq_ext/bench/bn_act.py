@@ -10,6 +10,7 @@ from torch import Tensor
 from zsq_ext.bench.subject import Subject
 from zsq_ext.ops import bn_act, reference
 from zsq_ext.ops.cases import bn_act as cases
+from zsq_ext.ops.layout import in_layout_of
 
 _ACTS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
 
@@ -33,11 +34,17 @@ def _subject(case: cases.BnActCase, device: str, pass_: str) -> Subject:
         pass_=pass_,
         bytes_=_tensors(case)[pass_] * n * case.dtype.itemsize,
         flops=(7 if pass_ == "forward" else 15) * n,
-        inputs=lambda: (case.grads(device), case.args(device)),
+        inputs=lambda: _inputs(case, device),
         ours=_pass(bn_act, pass_),
         expected=lambda grads, args: _expected(case, grads, args, pass_),
         peers={"eager": _pass(_eager, pass_), "clone": lambda grads, args: args["u"].clone()},
     )
+
+
+def _inputs(case: cases.BnActCase, device: str) -> tuple[Any, dict[str, Any]]:
+    """The gradients, y's in the memory format that u is in, and the arguments."""
+    args, (grad_y, *grad_sums) = case.args(device), case.grads(device)
+    return (in_layout_of(args["u"], grad_y), *grad_sums), args
 
 
 def _pass(function: Callable[..., Any], pass_: str) -> Callable[..., Tensor]:

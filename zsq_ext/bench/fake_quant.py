@@ -10,6 +10,7 @@ from torch import Tensor
 from zsq_ext.bench.subject import Subject
 from zsq_ext.ops import fake_quant, reference
 from zsq_ext.ops.cases import fake_quant as cases
+from zsq_ext.ops.layout import in_layout_of
 
 # op -> pass -> bytes moved per byte of x: x in, x_hat out; then grad and x in, and the gradient out. "out" is the
 # forward into memory that is there; its peers make their own.
@@ -39,7 +40,7 @@ def _subject(op: str, case: cases.FakeQuantCase, device: str, pass_: str) -> Sub
         pass_=pass_,
         bytes_=_PASSES[op][pass_] * n * case.dtype.itemsize,
         flops=_FLOPS[op][pass_] * n,
-        inputs=lambda: (case.grad(device), *case.args(device)),
+        inputs=lambda: (in_layout_of((args := case.args(device))[0], case.grad(device)), *args),
         ours=_pass(public, pass_, lsq),
         expected=expected,
         peers={name: _pass(_by_rows(function), theirs, lsq) for name, function in _peers(case, lsq).items()},

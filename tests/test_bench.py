@@ -2,6 +2,8 @@
 
 import functools
 import math
+import sys
+import types
 from xml.etree import ElementTree
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from zsq_ext import bench
-from zsq_ext.bench import compare, families, image, roofline, steps, timing
+from zsq_ext.bench import compare, fake_quant, families, image, roofline, steps, timing
 from zsq_ext.core.progress import QUIET
 from zsq_ext.ops.backend import choice
 from zsq_ext.ops.cases import adaround as cases_adaround
@@ -64,8 +66,33 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
         assert row["bytes"] == factor * x.nbytes
         assert row["floor_ms"] == pytest.approx(row["bytes"] / 1e9 * 1e3)
         assert row["pct_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["ms"])
-        assert set(row["peers"]) == {"eager", "aten"} | ({"clone"} if row["op"] == "fake_quant" else set())
+        assert set(row["peers"]) - {"torchao"} == {"eager", "aten"} | (
+            {"clone"} if row["op"] == "fake_quant" else set()
+        )
         assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
+
+
+def test_torchao_is_a_peer_where_it_is_installed(monkeypatch):
+    seen = []
+
+    def stand_in(x, block, scale, zero_point, dtype, qmin, qmax):
+        seen.append((block, dtype, qmin, qmax))
+        return x.clone()
+
+    module = types.ModuleType("torchao.quantization.quant_primitives")
+    module._fake_quantize_affine = stand_in
+    for name in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    fake_quant._torchao.cache_clear()
+    try:
+        peers = fake_quant._peers(cases.FAKE_QUANT_BENCH[0], lsq=False)
+    finally:
+        fake_quant._torchao.cache_clear()
+    x, one, many = torch.randn(2, 3, 4), torch.ones(1), torch.ones(3)
+    peers["torchao"](x, one, one.int(), -8, 7, None)
+    peers["torchao"](x, many, many.int(), 0, 255, 1)
+    assert seen == [((2, 3, 4), torch.int8, -8, 7), ((2, 1, 4), torch.uint8, 0, 255)]
 
 
 def test_codes_and_ranges_are_timed(quick, monkeypatch):

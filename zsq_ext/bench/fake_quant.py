@@ -1,4 +1,4 @@
-"""fake_quant beside eager PyTorch, ATen's fused ops, and a plain clone."""
+"""fake_quant beside eager PyTorch, ATen's fused ops, torchao where it is installed, and a plain clone."""
 
 import functools
 from collections.abc import Callable
@@ -72,6 +72,8 @@ def _peers(case: cases.FakeQuantCase, lsq: bool) -> dict[str, Callable[..., Tens
         peers["clone"] = lambda x, *grid: x.clone()
     if case.dtype == torch.float32:  # ATen's ops on 16-bit types give other codes
         peers["aten"] = _aten_lsq if lsq else _aten
+        if not lsq and (function := _torchao()) is not None:
+            peers["torchao"] = function
     return peers
 
 
@@ -97,6 +99,22 @@ def _eager(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, a
     clamped = v.clamp(qmin, qmax)
     code = clamped + (clamped.round() - clamped).detach() if x.requires_grad else clamped.round()
     return (code - zero_point) * scale
+
+
+@functools.cache
+def _torchao() -> Callable[..., Tensor] | None:
+    """What torchao trains with, where it is installed. FlagGems and others replace eager's operators one by one."""
+    try:
+        from torchao.quantization.quant_primitives import _fake_quantize_affine
+    except ImportError:
+        return None
+
+    def run(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+        block = tuple(1 if dim == axis else size for dim, size in enumerate(x.shape))
+        codes = torch.int8 if qmin < 0 else torch.uint8
+        return _fake_quantize_affine(x, block, scale, zero_point, codes, qmin, qmax)
+
+    return run
 
 
 def _aten(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:

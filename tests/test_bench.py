@@ -53,6 +53,7 @@ class Tiny(nn.Module):
 def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatch):
     case = next(case for case in cases.FAKE_QUANT_BENCH if case.dtype == torch.float32)
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
+    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH_LAYERS", [])
     rows = [row for row in families.rows(QUIET, only="fake_quant") if row["backend"] == "cpu"]
     both = "forward+backward"
     assert [(row["op"], row["pass"]) for row in rows] == [
@@ -328,6 +329,7 @@ def test_a_plot_of_nothing_is_refused():
 def test_a_family_alone_and_beside_the_compiler(quick, monkeypatch):
     case = cases.FakeQuantCase("small", (4, 8, 6, 6))
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
+    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH_LAYERS", [])
     rows = [r for r in families.rows(QUIET, only="fake_quant", inductor=True) if r["backend"] == "cpu"]
     assert {r["op"] for r in rows} == {"fake_quant", "fake_quant_lsq"}
     assert all("inductor" in r["peers"] for r in rows)

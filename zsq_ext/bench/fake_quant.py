@@ -20,7 +20,10 @@ _FLOPS = {"fake_quant": {"forward": 6, "out": 6, "forward+backward": 10}, "fake_
 
 
 def subjects(device: str) -> list[Subject]:
-    jobs = [(op, case, pass_) for op, passes in _PASSES.items() for case in cases.FAKE_QUANT_BENCH for pass_ in passes]
+    benched: tuple[cases.FakeQuantCase, ...] = (*cases.FAKE_QUANT_BENCH, *cases.FAKE_QUANT_BENCH_LAYERS)
+    if device == "cuda":
+        benched += cases.FAKE_QUANT_BENCH_LARGE
+    jobs = [(op, case, pass_) for op, passes in _PASSES.items() for case in benched for pass_ in passes]
     return [_subject(op, case, device, pass_) for op, case, pass_ in jobs]
 
 

@@ -27,7 +27,7 @@ _UNKNOWN_CACHE = 16 << 20
 # More copies of a small input would not be further from the cache, only slower to make.
 _MAX_COPIES = 64
 # Counted calls of a turn, which ends early where they are slow; a call as slow as that is counted even as the first.
-_CALLS, _TURN_MS = 3, 50.0
+_CALLS, _TURN_MS = 6, 50.0
 # How long a subject is timed, its peers included.
 SECONDS = 0.15
 

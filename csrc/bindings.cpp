@@ -51,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   zsq::def_cpu(m, "cpu_adaround", &zsq::adaround);
   zsq::def_cpu(m, "cpu_fake_quant", &zsq::fake_quant);
   zsq::def_cpu(m, "cpu_fake_quant_lsq_backward", &zsq::fake_quant_lsq_backward);
+  zsq::def_cpu(m, "cpu_fake_quant_many", &zsq::fake_quant_many);
   zsq::def_cpu(m, "cpu_fake_quant_codes", &zsq::fake_quant_codes);
   zsq::def_cpu(m, "cpu_fake_quant_minmax", &zsq::fake_quant_minmax);
   zsq::def_cpu(m, "cpu_channel_range", &zsq::channel_range);
@@ -78,6 +79,8 @@ PYBIND11_MODULE(_C, m) {
   def_cuda(m, "cuda_fake_quant", &zsq::cuda_fake_quant);
   def_cuda(m, "cuda_fake_quant_lsq_backward", &zsq::cuda_fake_quant_lsq_backward);
   def_workspace(m, "cuda_fake_quant_lsq_backward_workspace", &zsq::cuda_fake_quant_lsq_workspace);
+  def_cuda(m, "cuda_fake_quant_many", &zsq::cuda_fake_quant_many);
+  def_workspace(m, "cuda_fake_quant_many_workspace", &zsq::cuda_fake_quant_many_workspace);
   def_cuda(m, "cuda_fake_quant_codes", &zsq::cuda_fake_quant_codes);
   def_cuda(m, "cuda_fake_quant_minmax", &zsq::cuda_fake_quant_minmax);
   def_cuda(m, "cuda_channel_range", &zsq::cuda_channel_range);

@@ -4,7 +4,18 @@ from typing import Any
 
 import torch
 
-from zsq_ext.bench import adaround, bn_act, codes_and_ranges, fake_quant, fake_quant_minmax, heads, image, qdrop, timing
+from zsq_ext.bench import (
+    adaround,
+    bn_act,
+    codes_and_ranges,
+    fake_quant,
+    fake_quant_many,
+    fake_quant_minmax,
+    heads,
+    image,
+    qdrop,
+    timing,
+)
 from zsq_ext.bench.subject import Subject, measured
 from zsq_ext.core.progress import Progress
 
@@ -12,6 +23,7 @@ from zsq_ext.core.progress import Progress
 FAMILIES = {
     "fake_quant": fake_quant.subjects,
     "codes_and_ranges": codes_and_ranges.subjects,
+    "fake_quant_many": fake_quant_many.subjects,
     "fake_quant_minmax": fake_quant_minmax.subjects,
     "adaround": adaround.subjects,
     "qdrop": qdrop.subjects,

@@ -49,6 +49,11 @@ def empty_for(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Ten
     return torch.empty_like(x, dtype=dtype, memory_format=order)
 
 
+def dense_for(t: Tensor, scale: Tensor) -> bool:
+    """Whether t's memory is as a kernel wants it under scale: dense, and contiguous where scale has groups."""
+    return t.is_contiguous() if scale.dim() == 2 else is_dense(t)
+
+
 def head(first: Tensor | Sequence[Tensor]) -> Tensor:
     """The tensor whose device and dtype decide for an op: its first argument, or the first of that list."""
     return first if isinstance(first, Tensor) else first[0]

@@ -172,9 +172,9 @@ FAKE_QUANT_MINMAX_ERRORS = (
 # The 21 weights of ResNet-18.
 _BLOCKS = [(64, 64), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (512, 256), (512, 512)]
 _CONVS = [shape for o, i in _BLOCKS for shape in ((o, i, 3, 3), (o, o, 3, 3), *([(o, i, 1, 1)] if o != i else []))]
-_RESNET18 = ((64, 3, 7, 7), *_CONVS, (1000, 512))
+RESNET18 = ((64, 3, 7, 7), *_CONVS, (1000, 512))
 
 FAKE_QUANT_MINMAX_BENCH = (
-    MinMaxCase("weights_resnet18", shapes=_RESNET18, bits=(4,) * 21, axes=(0,) * 21),
+    MinMaxCase("weights_resnet18", shapes=RESNET18, bits=(4,) * 21, axes=(0,) * 21),
     MinMaxCase("weights_of_16_thin_layers", shapes=((16, 16, 3, 3),) * 16, bits=(4,) * 16, axes=(0,) * 16),
 )

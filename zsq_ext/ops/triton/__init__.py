@@ -16,6 +16,7 @@ from zsq_ext.ops.triton.fake_quant import (
     fake_quant_out,
     quantize,
 )
+from zsq_ext.ops.triton.fake_quant_many import fake_quant_many, fake_quant_many_backward, fake_quant_many_out
 from zsq_ext.ops.triton.fake_quant_minmax import fake_quant_minmax, fake_quant_minmax_out
 from zsq_ext.ops.triton.heads import cam_map, cam_map_backward, count_active, distill_head, distill_head_backward
 from zsq_ext.ops.triton.image import resize_crops, resize_crops_backward, view_images, view_images_backward
@@ -38,6 +39,9 @@ __all__ = [
     "fake_quant",
     "fake_quant_backward",
     "fake_quant_lsq_backward",
+    "fake_quant_many",
+    "fake_quant_many_backward",
+    "fake_quant_many_out",
     "fake_quant_minmax",
     "fake_quant_minmax_out",
     "fake_quant_out",

@@ -13,6 +13,7 @@ from zsq_ext.bench import (
     fake_quant_minmax,
     heads,
     image,
+    lp_error,
     qdrop,
     timing,
 )
@@ -25,6 +26,7 @@ FAMILIES = {
     "codes_and_ranges": codes_and_ranges.subjects,
     "fake_quant_many": fake_quant_many.subjects,
     "fake_quant_minmax": fake_quant_minmax.subjects,
+    "lp_error": lp_error.subjects,
     "adaround": adaround.subjects,
     "qdrop": qdrop.subjects,
     "bn_act": bn_act.subjects,

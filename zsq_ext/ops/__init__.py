@@ -10,6 +10,7 @@ from zsq_ext.ops.fake_quant_minmax import fake_quant_minmax
 from zsq_ext.ops.heads_cam import cam_map, count_active
 from zsq_ext.ops.heads_distill import KD_SCALINGS, Distilled, distill_head
 from zsq_ext.ops.image import resize_crops, view_images
+from zsq_ext.ops.lp_error import lp_error
 from zsq_ext.ops.qdrop import qdrop
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "fake_quant",
     "fake_quant_many",
     "fake_quant_minmax",
+    "lp_error",
     "qdrop",
     "quantize",
     "resize_crops",

@@ -89,6 +89,13 @@ def empty_sliced(t: Tensor, axis: int) -> Tensor:
     return torch.empty_like(t) if sliced(t, axis) else t.new_empty(t.movedim(axis, 0).shape).movedim(0, axis)
 
 
+def rows_along(x: Tensor, axis: int | None) -> Tensor:
+    """x in memory that is `sliced` along axis, or dense for None."""
+    if axis is None:
+        return x if is_dense(x) else x.contiguous()
+    return x if sliced(x, axis) else empty_sliced(x, axis).copy_(x)
+
+
 # kernels/bn_act.h holds the same codes.
 ACT_CODE = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 

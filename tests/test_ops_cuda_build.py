@@ -261,6 +261,27 @@ def test_minmax_divides_exactly_moves_16_bytes_and_takes_its_table_by_value(kern
         assert not [name for name in names if name.startswith(("ATOM", "RED."))], key
 
 
+def test_many_divide_exactly_move_16_bytes_and_add_without_atomics(kernels):
+    # One pack per way that a pack meets the channels; three loops of whole packs, and three of single elements.
+    for name, ways in (("fake_quant_many_forward_kernel", 3), ("fake_quant_many_backward_kernel", 3)):
+        found = family(kernels, name)
+        assert len({key for _, key in found}) == 3, "three dtypes"
+        for key, names in found.items():
+            assert names.count("FCHK") >= ways * elements_per_thread(key[1]), key
+            assert any(name.startswith("LDG.E.128") for name in names), key
+            assert any(name.startswith("STG.E.128") for name in names), key
+            assert not [name for name in names if name.startswith(("ATOM", "RED."))], key
+
+
+def test_lp_error_divides_exactly_rounds_once_and_has_no_library_power(kernels):
+    found = family(kernels, "lp_error_kernel")
+    assert len({key for _, key in found}) == 3 * 2, "three dtypes, squares and powers"
+    for key, names in found.items():
+        assert "FCHK" in names, key
+        assert not {"MUFU.EX2", "MUFU.LG2"} & set(names), key
+        assert not [name for name in names if name.startswith(("ATOM", "RED."))], key
+
+
 def test_channel_range_moves_16_bytes_where_rows_allow_it(kernels):
     for key, names in family(kernels, "channel_range_").items():
         assert not [name for name in names if name.startswith(("ATOM", "RED."))], key

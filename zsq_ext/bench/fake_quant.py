@@ -70,11 +70,11 @@ def _pass(function: Callable[..., Tensor], pass_: str, lsq: bool) -> Callable[..
 
 
 def _peers(case: cases.FakeQuantCase, lsq: bool) -> dict[str, Callable[..., Tensor]]:
-    peers: dict[str, Callable[..., Tensor]] = {"eager": _eager}
+    peers: dict[str, Callable[..., Tensor]] = {"eager": eager}
     if not lsq:  # clone is no quantizer: it is what writing a fresh output costs, page faults included
         peers["clone"] = lambda x, *grid: x.clone()
     if case.dtype == torch.float32:  # ATen's ops on 16-bit types give other codes
-        peers["aten"] = _aten_lsq if lsq else _aten
+        peers["aten"] = aten_lsq if lsq else _aten
         if not lsq and (function := _torchao()) is not None:
             peers["torchao"] = function
     return peers
@@ -92,7 +92,7 @@ def _by_rows(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _eager(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+def eager(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     """What people write: a chain of elementwise ops, with the straight-through gradient of detach. It is LSQ's too."""
     if axis is not None:
         shape = [1] * x.dim()
@@ -126,7 +126,7 @@ def _aten(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, ax
     return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, qmin, qmax)
 
 
-def _aten_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+def aten_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     zero_point = zero_point.float()  # C floats beside n elements
     if axis is None:
         return torch.ops.aten._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, qmin, qmax, 1.0)

@@ -50,6 +50,11 @@ def empty_for(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Ten
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def dense_for(t: Tensor, scale: Tensor) -> bool:
+    """Whether t's memory is as a kernel wants it under scale: dense, and contiguous where scale has groups."""
+    return t.is_contiguous() if scale.dim() == 2 else is_dense(t)
+
+
 def head(first: Tensor | Sequence[Tensor]) -> Tensor:
     """The tensor whose device and dtype decide for an op: its first argument, or the first of that list."""
     return first if isinstance(first, Tensor) else first[0]
@@ -83,6 +88,13 @@ def sliced(t: Tensor, axis: int) -> bool:
 def empty_sliced(t: Tensor, axis: int) -> Tensor:
     """Memory for a tensor of t's shape that is `sliced`: in t's own order where that is."""
     return torch.empty_like(t) if sliced(t, axis) else t.new_empty(t.movedim(axis, 0).shape).movedim(0, axis)
+
+
+def rows_along(x: Tensor, axis: int | None) -> Tensor:
+    """x in memory that is `sliced` along axis, or dense for None."""
+    if axis is None:
+        return x if is_dense(x) else x.contiguous()
+    return x if sliced(x, axis) else empty_sliced(x, axis).copy_(x)
 
 
 # kernels/bn_act.h holds the same codes.

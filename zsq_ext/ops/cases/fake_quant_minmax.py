@@ -172,7 +172,7 @@ FAKE_QUANT_MINMAX_ERRORS = (
 # The weights of ResNet-18 and MobileNetV2 as torchvision defines them, and of 16 thin layers.
 _BLOCKS = [(64, 64), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (512, 256), (512, 512)]
 _CONVS = [shape for o, i in _BLOCKS for shape in ((o, i, 3, 3), (o, o, 3, 3), *([(o, i, 1, 1)] if o != i else []))]
-_RESNET18 = ((64, 3, 7, 7), *_CONVS, (1000, 512))
+RESNET18 = ((64, 3, 7, 7), *_CONVS, (1000, 512))
 
 
 def _mobilenetv2() -> tuple[tuple[int, ...], ...]:
@@ -190,7 +190,7 @@ def _mobilenetv2() -> tuple[tuple[int, ...], ...]:
 FAKE_QUANT_MINMAX_BENCH = tuple(
     MinMaxCase(f"weights_{name}", shapes=shapes, bits=(4,) * len(shapes), axes=(0,) * len(shapes))
     for name, shapes in (
-        ("resnet18", _RESNET18),
+        ("resnet18", RESNET18),
         ("mobilenetv2", _mobilenetv2()),
         ("of_16_thin_layers", ((16, 16, 3, 3),) * 16),
     )

@@ -18,7 +18,7 @@ demo: $(VENV)/.quick
 	$(BIN)/zsq demo
 
 test: $(VENV)/.native
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.native
 	$(BIN)/ruff check .

@@ -65,4 +65,5 @@ def channel_range(x, lo, hi, n, channels, inner, cut):
         ROWS=cut.rows,
         COLS=cut.cols,
         num_warps=_WARPS,
+        enable_fp_fusion=False,
     )

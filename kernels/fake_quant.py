@@ -6,12 +6,11 @@ import triton
 import triton.language as tl
 
 from .arith import clamp, round_half_even
+from .block import block_of
 
 # 1024 elements are 8 per thread at 4 warps: one 16-byte access in 16-bit types, two in float32.
 _BLOCK = 1024
 _WARPS = 4
-# The interpreter pays per program, not per element.
-_BLOCK_INTERPRETED = 1 << 16
 
 # LSQ, per part: blocks summed in float32 by a tree and added up in float64. More of them where there would be more
 # than PARTS parts, which is what the second stage takes at once.
@@ -65,7 +64,7 @@ def fake_quant(grad, x, out, scale, zero_point, learned, n, channels, inner, qmi
     """The forward where grad is None, else the straight-through gradient. Launches nothing for n = 0."""
     if n == 0:
         return
-    block = _BLOCK_INTERPRETED if triton.knobs.runtime.interpret else _BLOCK
+    block = block_of(n, _BLOCK)
     _fake_quant_kernel[(triton.cdiv(n, block),)](
         x if grad is None else grad,
         x,

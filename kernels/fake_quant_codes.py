@@ -4,12 +4,11 @@ import triton
 import triton.language as tl
 
 from .arith import clamp, round_half_even
+from .block import block_of
 
 # 1024 elements are 8 per thread at 4 warps, of which a thread reads or writes 32 bytes of float32.
 _BLOCK = 1024
 _WARPS = 4
-# The interpreter pays per program, not per element.
-_BLOCK_INTERPRETED = 1 << 16
 
 
 @triton.jit
@@ -52,7 +51,7 @@ def fake_quant_codes(x, out, scale, zero_point, n, channels, inner, qmin, qmax, 
     """Values to codes, or where `back` codes to values. Launches nothing for n = 0."""
     if n == 0:
         return
-    block = _BLOCK_INTERPRETED if triton.knobs.runtime.interpret else _BLOCK
+    block = block_of(n, _BLOCK)
     _codes_kernel[(triton.cdiv(n, block),)](
         x,
         out,

@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
+from .block import block_of
+
 _WARPS = 4
 # What a program of cam_map sums before it moves on: channels times positions, or positions times channels.
 _CHANNELS = 64
 _PLACES = 32
-# Elements of the activation's gradient per program. The interpreter pays per program, not per element.
+# Elements of the activation's gradient per program.
 _BLOCK = 1024
-_BLOCK_INTERPRETED = 1 << 16
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def cam_map_backward(alpha, maps, grad, out, samples, channels, places, last, fl
     n = samples * channels * places
     if n == 0:
         return
-    block = _BLOCK_INTERPRETED if triton.knobs.runtime.interpret else _BLOCK
+    block = block_of(n, _BLOCK)
     _cam_map_backward_kernel[(triton.cdiv(n, block),)](
         *(alpha, maps, grad, out, n, channels, places, 0.0 if floor is None else float(floor)),
         LAST=last,

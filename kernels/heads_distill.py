@@ -216,7 +216,9 @@ def distill_head(
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )
-    _finish_kernel[(1,)](rows, easy, kd, ce, counts, samples, *weights, BLOCK=256, num_warps=_WARPS)
+    _finish_kernel[(1,)](
+        rows, easy, kd, ce, counts, samples, *weights, BLOCK=256, num_warps=_WARPS, enable_fp_fusion=False
+    )
 
 
 @triton.jit

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 
 from .arith import clip
+from .block import block_of
 
 _BLOCK = 1024
+# Of a crop a thread takes 4 elements: with 8 of them, and all their taps, registers would not do.
+_BLOCK_RESIZE = 512
 _WARPS = 4
-# The interpreter pays per program, not per element.
-_BLOCK_INTERPRETED = 1 << 16
 
 
 class Shape(NamedTuple):
@@ -124,7 +125,7 @@ def view_images(x, y, top, left, flip, low, high, edge, adjoint, shape):
     """The view, or the adjoint of a gradient x. Launches nothing for an empty y."""
     if shape.n == 0:
         return
-    block = _BLOCK_INTERPRETED if triton.knobs.runtime.interpret else _BLOCK
+    block = block_of(shape.n, _BLOCK)
     edge = _float32(edge)
     _view_kernel[(triton.cdiv(shape.n, block),)](
         *(x, y, top, left, flip),
@@ -265,7 +266,7 @@ def resize_crops(x, y, top, left, height, width, flip, adjoint, shape):
     """The resized crops, or the adjoint of a gradient x. Launches nothing for an empty y."""
     if shape.n == 0:
         return
-    block = _BLOCK_INTERPRETED if triton.knobs.runtime.interpret else _BLOCK
+    block = block_of(shape.n, _BLOCK_RESIZE)
     kernel = _resize_backward_kernel if adjoint else _resize_kernel
     kernel[(triton.cdiv(shape.n, block),)](
         *(x, y, top, left, height, width, flip),

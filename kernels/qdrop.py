@@ -6,9 +6,10 @@ Philox-4x32-10 is Triton's own; the tests hold it against published vectors, as 
 import triton
 import triton.language as tl
 
-# 1024 elements are 8 per thread at 4 warps. The interpreter pays per program, not per element.
+from .block import block_of
+
+# 1024 elements are 8 per thread at 4 warps.
 _BLOCK = 1024
-_BLOCK_INTERPRETED = 1 << 14
 _WARPS = 4
 
 
@@ -74,7 +75,7 @@ def qdrop(x, x_hat, out, rest, key, threshold, n, channels, places, last):
     """The forward where x_hat is given; else x is the gradient. Launches nothing for n = 0."""
     if n == 0:
         return
-    block = _BLOCK_INTERPRETED if triton.knobs.runtime.interpret else _BLOCK
+    block = block_of(n, _BLOCK)
     _qdrop_kernel[(triton.cdiv(n, block),)](
         *(x if t is None else t for t in (x, x_hat, out, rest)),
         key,
@@ -88,4 +89,5 @@ def qdrop(x, x_hat, out, rest, key, threshold, n, channels, places, last):
         LAST=last,
         BLOCK=block,
         num_warps=_WARPS,
+        enable_fp_fusion=False,
     )

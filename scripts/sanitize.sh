@@ -3,7 +3,7 @@
 #
 #   scripts/sanitize.sh [pytest arguments]     needs an environment that runs the tests: .venv, or PYTHON
 #
-# The module is built in build/sanitize and imported before the installed one would be.
+# The module is built in build/sanitize and takes the place of the installed one (tests/conftest.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
@@ -20,18 +20,8 @@ cmake --build "$build" >/dev/null
 export LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 export ZSQ_REQUIRE=cpu
+export ZSQ_NATIVE_MODULE=$(ls "$PWD/$build"/_C*.so)
 # SIMD and scalar paths, threads and poisoned memory are all in here; what compiles or needs a process of its own is not
-exec "$PYTHON" - -q -p no:cacheprovider tests/test_ops_*.py \
-  -k "cpu and (reference_bits or agrees_with or scalar or threads or misaligned)" "$@" <<PY
-import glob
-import importlib.util
-import sys
-
-import pytest
-
-(path,) = glob.glob("$build/_C*.so")
-spec = importlib.util.spec_from_file_location("zsq_ext._C", path)
-sys.modules["zsq_ext._C"] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-sys.exit(pytest.main(sys.argv[1:]))
-PY
+exec "$PYTHON" -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))' -q -p no:cacheprovider -n auto \
+  --dist loadgroup tests/test_ops_*.py \
+  -k "not triton and not cuda and (reference_bits or agrees_with or scalar or of_threads or nor_threads or misaligned)" "$@"

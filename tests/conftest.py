@@ -1,6 +1,18 @@
 """What all tests share: how a missing backend is treated, and the devices and backends there are."""
 
+import importlib.util
 import os
+import sys
+
+# Another native module than the installed one, for the scripts that build one to look at.
+if another := os.environ.get("ZSQ_NATIVE_MODULE"):
+    spec = importlib.util.spec_from_file_location("zsq_ext._C", another)
+    sys.modules["zsq_ext._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["zsq_ext._C"])
+
+# One of several processes has one thread: cores that threads wait for one another on cost more than they give.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -13,6 +25,8 @@ if not torch.cuda.is_available():
 
 from zsq_ext.ops import backend
 
+pytest_plugins = ["parity"]  # as a plugin, so that pytest explains its assertions too
+
 REQUIRED = [name for name in os.environ.get("ZSQ_REQUIRE", "").split(",") if name]
 
 # Where each backend's tests run: the CUDA device if there is one, except for the CPU's own backend.
@@ -22,8 +36,10 @@ DEVICE_OF = {"reference": _GPU_OR_CPU, "cpu": "cpu", "cuda": "cuda", "triton": _
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA device is visible"))
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.xdist_group("gpu"))  # which there is one of
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device is visible"))
 
 
 @pytest.fixture(params=[name for name in backend.NAMES if name != "reference"])

@@ -17,41 +17,30 @@ import math
 import numpy as np
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.backends.common import aot_autograd
+from parity import (
+    assert_exports,
+    assert_raises,
+    assert_same,
+    assert_within,
+    compiled,
+    every,
+    on_every_path,
+    ours,
+    refused,
+    replayed,
+    skip_refused,
+    unchanged,
+)
 
 from zsq_ext.ops import adaround, adaround_many, adaround_start, backend, cpu, reference
 from zsq_ext.ops.cases import adaround as cases
 
-ALL = pytest.mark.parametrize("case", cases.ADAROUND, ids=lambda case: case.name)
+ALL = every(cases.ADAROUND)
 CASE = {case.name: case for case in cases.ADAROUND}
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def bits(t):
-    """The tensor as integers, so that 0 and -0 differ; every NaN as one value, since only its place is promised."""
-    t = t.detach().cpu().contiguous()
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return t.view(kind).masked_fill(t.isnan(), -1)
-
-
-def assert_same(got, expected):
-    assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    wrong = bits(got) != bits(expected)
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} differ"
-
-
-def assert_within(got, expected, slack):
-    """NaN and infinities in the same places, and elsewhere no further apart than slack."""
-    assert got.shape == expected.shape
-    got, expected, slack = got.detach().cpu().double(), torch.as_tensor(expected), torch.as_tensor(slack)
-    assert torch.equal(got.isnan(), expected.isnan())
-    excess = ((got - expected).abs() - slack).nan_to_num(0)
-    assert not (excess > 0).any(), f"beyond the tolerance by up to {excess.max()}"
 
 
 def unit_of(dtype):
@@ -257,78 +246,56 @@ def test_a_hard_rounding_is_what_a_decided_soft_one_was(fast):
 def test_forward_agrees_with_the_reference(case, fast):
     name, device = fast
     args = case.lists(device)
-    if (reason := backend.reason_against(name, "adaround", device, case.dtype)) is not None:
-        with backend.backend(name), pytest.raises(NotImplementedError, match=reason):
-            torch.ops.zsq.adaround(*args, False)
+    if refused(fast, "adaround", case.dtype, lambda: torch.ops.zsq.adaround(*args, False)):
         return
-    copies = [t.clone() for part in args[:4] for t in part]
-    with backend.backend(name):
+    with backend.backend(name), unchanged(args):
         found = torch.ops.zsq.adaround(*args, False)
         assert_forward(found, case, torch.ops.zsq.adaround, device)
         again = torch.ops.zsq.adaround(*args, False)
         (without,), nothing = torch.ops.zsq.adaround(*args[:7], None, False)
     assert found[0][0].stride() == reference.adaround(*case.lists(), False)[0][0].stride()
-    for a, b in zip((*again[0], again[1]), (*found[0], found[1]), strict=True):
-        assert_same(a, b)
+    assert_same(again, found)
     assert_same(without, found[0][0])
     assert nothing.numel() == 0
-    for before, after in zip(copies, (t for part in args[:4] for t in part), strict=True):
-        assert torch.equal(before.nan_to_num(), after.nan_to_num()), "an input was modified"
 
 
 @ALL
 def test_backward_agrees_with_the_reference(case, fast):
     name, device = fast
-    if backend.reason_against(name, "adaround", device, case.dtype) is not None:
-        pytest.skip(f"{name} takes no {case.dtype}: the forward's test says so")
+    skip_refused(fast, "adaround", case.dtype)
     args = backward_args(case, device)
-    copies = [t.clone() for part in args[:5] for t in part]
-    with backend.backend(name):
+    with backend.backend(name), unchanged(args):
         found = torch.ops.zsq.adaround_backward(*args)
         assert_backward(found, case, torch.ops.zsq.adaround, device)
         again = torch.ops.zsq.adaround_backward(*args)
         (alone,), nothing = torch.ops.zsq.adaround_backward(*args[:-1], False)
     assert found[0][0].stride() == reference.adaround_backward(*backward_args(case))[0][0].stride()
-    for a, b in zip((*again[0], *again[1]), (*found[0], *found[1]), strict=True):
-        assert_same(a, b)
+    assert_same(again, found)
     assert_same(alone, found[0][0])
     assert nothing == []
-    for before, after in zip(copies, (t for part in args[:5] for t in part), strict=True):
-        assert torch.equal(before.nan_to_num(), after.nan_to_num()), "an input was modified"
 
 
 @ALL
 def test_fast_backends_agree_on_every_bit(case, fast):
     pytest.importorskip("zsq_ext._C")
     name, device = fast
-    if backend.reason_against(name, "adaround", device, case.dtype) is not None:
-        pytest.skip(f"{name} takes no {case.dtype}: the forward's test says so")
+    skip_refused(fast, "adaround", case.dtype)
     with backend.backend(name):
         (w_hat,), _ = torch.ops.zsq.adaround(*case.lists(device), False)
         (dv,), _ = torch.ops.zsq.adaround_backward(*backward_args(case, device))
-    assert_same(w_hat.cpu(), cpu.adaround(*case.lists(), False)[0][0])
-    assert_same(dv.cpu(), cpu.adaround_backward(*backward_args(case))[0][0])
+    assert_same(w_hat, cpu.adaround(*case.lists(), False)[0][0])
+    assert_same(dv, cpu.adaround_backward(*backward_args(case))[0][0])
 
 
 @ALL
 def test_neither_path_nor_threads_change_a_bit(case):
-    native = pytest.importorskip("zsq_ext._C")
-    threads, simd = torch.get_num_threads(), native.simd_enabled()
-    seen = []
-    try:
-        for torch_threads, path in ((1, True), (2, True), (5, True), (2, False)):
-            torch.set_num_threads(torch_threads)
-            native.set_simd(path)
-            found, reg = cpu.adaround(*case.lists(), False)
-            hard, _ = cpu.adaround(*case.lists()[:7], None, True)
-            dv, dscale = cpu.adaround_backward(*backward_args(case))
-            seen.append((*found, reg, *hard, *dv, *dscale))
-    finally:
-        torch.set_num_threads(threads)
-        native.set_simd(simd)
-    for other in seen[1:]:
-        for a, b in zip(other, seen[0], strict=True):
-            assert_same(a, b)
+    on_every_path(
+        lambda: (
+            cpu.adaround(*case.lists(), False),
+            cpu.adaround(*case.lists()[:7], None, True),
+            cpu.adaround_backward(*backward_args(case)),
+        )
+    )
 
 
 @pytest.mark.parametrize("beta", [1.0, 1.5, 2.0, 7.3, 20.0, 300.0])
@@ -500,12 +467,9 @@ def good_call():
     }
 
 
-@pytest.mark.parametrize("case", cases.ADAROUND_ERRORS, ids=lambda case: case.name)
+@every(cases.ADAROUND_ERRORS)
 def test_errors_name_the_argument(case):
-    adaround(**good_call())
-    with pytest.raises(case.error) as raised:
-        adaround(**{**good_call(), **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, adaround, good_call())
 
 
 def test_errors_of_many_name_the_place():
@@ -584,19 +548,6 @@ def test_opcheck(name):
     torch.library.opcheck(torch.ops.zsq.adaround_backward, (*backward_args(case)[:-1], False))
 
 
-def _graphs_of(function, *args):
-    """Compiles without generating code; gives the result and the operators of the graphs, forward and then backward."""
-    seen = []
-
-    def look(graph, _):
-        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
-        return make_boxed_func(graph.forward)
-
-    torch._dynamo.reset()
-    both = aot_autograd(fw_compiler=look, bw_compiler=look)
-    return torch.compile(function, backend=both, fullgraph=True)(*args), seen
-
-
 @pytest.mark.parametrize("learned", [("v",), ("v", "scale")])
 @pytest.mark.parametrize("beta", [None, 3.0])
 def test_compile_keeps_sums_and_decomposes_the_rest(beta, learned):
@@ -612,10 +563,10 @@ def test_compile_keeps_sums_and_decomposes_the_rest(beta, learned):
         return (first * second).sum() + reg
 
     with backend.backend("auto"):
-        out, seen = _graphs_of(loss, v, scale)
+        out, seen = compiled(loss, v, scale)
         got = torch.autograd.grad(out, leaves)
         expected = torch.autograd.grad(loss(v, scale), leaves)
-    forward, backward = ([op for op in ops if "zsq" in op] for ops in seen)
+    forward, backward = map(ours, seen)
     assert forward == ([] if beta is None else ["zsq.adaround.default"])
     assert backward == ([] if learned == ("v",) else ["zsq.adaround_backward.default"])
     for a, b in zip(got, expected, strict=True):
@@ -627,11 +578,11 @@ def test_compile_keeps_a_forced_backend_opaque(fast):
     v, base, scale, *rest = CASE["conv"].args(device)
     v.requires_grad_()
     with backend.backend(name):
-        out, seen = _graphs_of(lambda v: adaround(v, base, scale, *rest), v)
+        out, seen = compiled(lambda v: adaround(v, base, scale, *rest), v)
         (got,) = torch.autograd.grad(out.sum(), v)
         assert_same(out, adaround(v, base, scale, *rest))
         assert_same(got, torch.autograd.grad(adaround(v, base, scale, *rest).sum(), v)[0])
-    assert [op for op in seen[0] if "zsq" in op] == ["zsq.adaround.default"]
+    assert ours(seen[0]) == ["zsq.adaround.default"]
 
 
 class Weight(torch.nn.Module):
@@ -648,13 +599,8 @@ class Weight(torch.nn.Module):
 
 
 def test_export_keeps_the_op():
-    net, x = Weight(), torch.randn(2, 4, 5, 5)
     with torch.no_grad():
-        program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        assert "zsq.adaround" in str(program.graph)
-        more = torch.randn(5, 4, 5, 5)
-        for a, b in zip(program.module()(more), net(more), strict=True):
-            assert_same(a, b)
+        assert_exports(Weight(), (torch.randn(2, 4, 5, 5),), (torch.randn(5, 4, 5, 5),), "adaround")
 
 
 def test_meta_tensors_have_a_shape_and_no_values():
@@ -672,17 +618,16 @@ def test_meta_tensors_have_a_shape_and_no_values():
 def test_cuda_graph_replays_with_new_contents(name):
     many = [list(part) for part in zip(*(case.args("cuda") for case in cases.BLOCK), strict=True)]
     beta = torch.tensor(20.0, device="cuda")
-    with backend.backend(name):
-        torch.ops.zsq.adaround(*many[:6], 0, beta, False)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found, reg = torch.ops.zsq.adaround(*many[:6], 0, beta, False)
+
+    def call():
+        return torch.ops.zsq.adaround(*many[:6], 0, beta, False)
+
+    def change():
         many[0][0].copy_(torch.randn_like(many[0][0]))
         beta.fill_(3.0)
-        graph.replay()
-        expected, expected_reg = torch.ops.zsq.adaround(*many[:6], 0, beta, False)
-    for a, b in zip((*found, reg), (*expected, expected_reg), strict=True):
-        assert_same(a, b)
+
+    with backend.backend(name):
+        assert_same(replayed(call, change), call())
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import assert_exports, assert_raises, assert_same, every, on_every_path, refused, unchanged
 
 from zsq_ext.ops import backend, channel_range, cpu, reference
 from zsq_ext.ops.cases import ErrorCase
@@ -24,7 +25,7 @@ CASES = [case for case in cases.FAKE_QUANT if 0 not in case.shape and not case.g
     cases.FakeQuantCase("special_long", shape=(64, 700), axis=1, values="special"),
     cases.FakeQuantCase("special_rows", shape=(3, 5, 7, 11), axis=1, values="special", zero_point="inside"),
 ]
-ALL = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+ALL = every(CASES)
 CASE = {case.name: case for case in CASES}
 
 # More channels than a task of 64 Ki elements meets, in rows and in channels-last memory.
@@ -36,54 +37,30 @@ MANY = [
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def same(got, expected):
-    """The same bits, of every NaN only its place."""
-    for a, b in zip(got, expected, strict=True):
-        a, b = a.cpu(), b.cpu()
-        assert a.dtype == b.dtype
-        assert torch.equal(a.isnan(), b.isnan())
-        assert torch.equal(a.nan_to_num(), b.nan_to_num())
-        assert torch.equal((a / 0).nan_to_num(), (b / 0).nan_to_num()), "-0 is not 0"
-
-
 @ALL
 def test_reference_is_the_extremes(case):
     x, axis = case.args()[0], case.axis
     lo, hi = reference.channel_range(x, axis)
     wide = x.to(torch.float64 if case.dtype == torch.float64 else torch.float32)
     for i, row in enumerate([wide] if axis is None else wide.unbind(axis)):
-        same((lo[i], hi[i]), (row.min() + 0.0, row.max() + 0.0))
+        assert_same((lo[i], hi[i]), (row.min() + 0.0, row.max() + 0.0))
 
 
 @ALL
 def test_every_backend_has_the_reference_bits(case, fast):
     name, device = fast
     x = case.args(device)[0]
-    if (reason := backend.reason_against(name, "channel_range", device, case.dtype)) is not None:
-        with backend.backend(name), pytest.raises(NotImplementedError, match=reason):
-            channel_range(x, case.axis)
+    if refused(fast, "channel_range", case.dtype, lambda: channel_range(x, case.axis)):
         return
-    before = x.clone()
-    with backend.backend(name):
+    with backend.backend(name), unchanged(x):
         got = channel_range(x, case.axis)
-    same(got, reference.channel_range(case.args()[0], case.axis))
-    assert torch.equal(x.nan_to_num(), before.nan_to_num())
+    assert_same(got, reference.channel_range(case.args()[0], case.axis))
 
 
-@pytest.mark.parametrize("case", CASES + MANY, ids=lambda case: case.name)
+@every(CASES + MANY)
 def test_the_scalar_path_and_any_number_of_threads(case):
-    native = pytest.importorskip("zsq_ext._C")
     x, axis = case.args()[0], case.axis
-    expected = reference.channel_range(x, axis)
-    threads, simd = torch.get_num_threads(), native.simd_enabled()
-    try:
-        for number, path in ((1, False), (2, True), (5, True)):
-            torch.set_num_threads(number)
-            native.set_simd(path)
-            same(cpu.channel_range(x, axis), expected)
-    finally:
-        torch.set_num_threads(threads)
-        native.set_simd(simd)
+    assert_same(on_every_path(lambda: cpu.channel_range(x, axis)), reference.channel_range(x, axis))
 
 
 @pytest.mark.parametrize("place", [0, 5, 7, 8, 15, 16, 31, 40])
@@ -123,8 +100,8 @@ def test_properties(seed, shape, data):
     lo, hi = channel_range(x, axis)
     assert lo.shape == hi.shape == (x.size(axis),)
     whole = channel_range(x)
-    same(whole, (lo.amin()[None], hi.amax()[None]))
-    same(channel_range(-x, axis), (-hi, -lo))
+    assert_same(whole, (lo.amin()[None], hi.amax()[None]))
+    assert_same(channel_range(-x, axis), (-hi, -lo))
     sizes = [1] * x.dim()
     sizes[axis] = -1
     inside = (x >= lo.view(sizes)) & (x <= hi.view(sizes))
@@ -151,13 +128,9 @@ ERRORS = (
 )
 
 
-@pytest.mark.parametrize("case", ERRORS, ids=lambda case: case.name)
+@every(ERRORS)
 def test_errors_name_the_argument(case):
-    good = {"x": torch.zeros(2, 3), "axis": 1}
-    channel_range(**good)
-    with pytest.raises(case.error) as raised:
-        channel_range(**{**good, **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, channel_range, {"x": torch.zeros(2, 3), "axis": 1})
 
 
 @pytest.mark.parametrize("name", ["per_tensor", "axis_1", "strided", "expanded", "channels_last_axis_1", "bf16"])
@@ -173,8 +146,5 @@ def test_compile_and_export():
 
     x = torch.randn(5, 3, 4)
     torch._dynamo.reset()
-    same([torch.compile(Model(), backend="aot_eager", fullgraph=True)(x)], [Model()(x)])
-    program = torch.export.export(Model(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    assert "zsq.channel_range" in str(program.graph)
-    more = torch.randn(7, 3, 4)
-    same([program.module()(more)], [Model()(more)])
+    assert_same([torch.compile(Model(), backend="aot_eager", fullgraph=True)(x)], [Model()(x)])
+    assert_exports(Model(), (x,), (torch.randn(7, 3, 4),), "channel_range")

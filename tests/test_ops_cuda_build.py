@@ -1,6 +1,10 @@
-"""What nvcc made of kernels/*.cu, read off the machine code: no GPU needed."""
+"""What nvcc made of kernels/*.cu, read off the machine code: no GPU needed.
+
+scripts/cuda_archs.sh reads it off every architecture, in a module of its own.
+"""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -60,7 +64,9 @@ def test_the_module_holds_what_it_says(cuobjdump):
         assert "sm_80.ptx" in cuobjdump("--list-ptx")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled for the visible GPU only")
+@pytest.mark.skipif(
+    "ZSQ_NATIVE_MODULE" in os.environ or torch.cuda.is_available(), reason="compiled for other architectures"
+)
 def test_without_a_gpu_each_generation_is_there():
     assert _C.cuda_archs == "80-real,90a-real,80-virtual"
 
@@ -215,7 +221,8 @@ def test_qdrop_multiplies_wide_and_shares_draws(kernels):
     # Two products of 64 bits in each of ten rounds: one draw for four elements, two for eight.
     for key, names in family(kernels, "qdrop_flat_kernel").items():
         draws = 1 if "kernelIj" in key[1] else 2
-        products = [name for name in names if name.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32"))]
+        # UIMAD where all lanes multiply the same
+        products = [name for name in names if re.match(r"U?IMAD\.(WIDE|HI)\.U32", name)]
         assert len(products) >= 20 * draws, (key, names)
         assert len(products) < 20 * draws + 20, key
 

@@ -15,31 +15,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import assert_exports, assert_raises, assert_same, every, path, skip_refused
 
 from zsq_ext.ops import backend, cpu, dequantize, fake_quant, quantize, reference
 from zsq_ext.ops.cases import ErrorCase
 from zsq_ext.ops.cases import fake_quant as cases
 from zsq_ext.ops.layout import empty_for
 
-ALL = pytest.mark.parametrize("case", cases.FAKE_QUANT, ids=lambda case: case.name)
+ALL = every(cases.FAKE_QUANT)
 CASE = {case.name: case for case in cases.FAKE_QUANT}
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def same(got, expected):
-    """Same dtype, shape and bits; -0 is not 0."""
-    assert got.dtype == expected.dtype
-    got, expected = got.cpu(), expected.cpu()
-    assert torch.equal(got, expected)
-    assert torch.equal(got.signbit(), expected.signbit())
-
-
-def run_on(fast, case):
-    name, device = fast
-    if backend.reason_against(name, "quantize", device, case.dtype) is not None:
-        pytest.skip(f"{name} takes no {case.dtype}: test_ops_fake_quant.py says so")
-    return backend.backend(name), device
 
 
 # meaning
@@ -96,51 +82,45 @@ def test_neither_has_a_gradient():
 
 @ALL
 def test_quantize_has_the_reference_codes(case, fast):
-    forced, device = run_on(fast, case)
+    name, device = fast
+    skip_refused(fast, "quantize", case.dtype)
     args = case.args(device)
-    with forced:
+    with backend.backend(name):
         got = quantize(*args)
-    same(got, reference.quantize(*case.args()))
+    assert_same(got, reference.quantize(*case.args()))
     assert got.stride() == empty_for(*args[:2]).stride()
 
 
 @ALL
 def test_dequantize_has_the_reference_bits(case, fast):
-    forced, device = run_on(fast, case)
+    name, device = fast
+    skip_refused(fast, "quantize", case.dtype)
     _, scale, zero_point, _, _, axis = case.args(device)
     for dtype in (torch.int8, torch.uint8, torch.int32):
         info = torch.iinfo(dtype)
         rng = torch.Generator().manual_seed(0)
         code = torch.randint(info.min, info.max + 1, case.shape, generator=rng).to(dtype).to(device)
         code = code.contiguous(memory_format=torch.channels_last) if case.layout == "channels_last" else code
-        with forced:
+        with backend.backend(name):
             got = dequantize(code, scale, zero_point, axis, case.dtype)
-        same(got, reference.dequantize(code.cpu(), scale.cpu(), zero_point.cpu(), axis, case.dtype))
+        assert_same(got, reference.dequantize(code.cpu(), scale.cpu(), zero_point.cpu(), axis, case.dtype))
         assert got.stride() == empty_for(code, scale).stride()
 
 
 @ALL
-def test_scalar_path(case):
-    native = pytest.importorskip("zsq_ext._C")
+def test_scalar_path(case, scalar):
     args = case.args()
     code = reference.quantize(*args)
     back = *args[1:3], args[5], case.dtype
-    before = native.set_simd(False)
-    try:
-        same(cpu.quantize(*args), code)
-        same(cpu.dequantize(code, *back), reference.dequantize(code, *back))
-    finally:
-        native.set_simd(before)
+    assert_same(cpu.quantize(*args), code)
+    assert_same(cpu.dequantize(code, *back), reference.dequantize(code, *back))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads):
-    args, before = CASE["threads"].args(), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        same(quantize(*args), reference.quantize(*args))
-    finally:
-        torch.set_num_threads(before)
+    args = CASE["threads"].args()
+    with path(threads=threads):
+        assert_same(quantize(*args), reference.quantize(*args))
 
 
 @settings(max_examples=60, deadline=None)
@@ -209,22 +189,16 @@ BACK_ERRORS = (
 )
 
 
-@pytest.mark.parametrize("case", ERRORS, ids=lambda case: case.name)
+@every(ERRORS)
 def test_errors_of_quantize(case):
     good = {"x": torch.zeros(2, 4, 3), "scale": torch.ones(4), "zero_point": _INT, "qmin": -8, "qmax": 7, "axis": 1}
-    quantize(**good)
-    with pytest.raises(case.error) as raised:
-        quantize(**{**good, **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, quantize, good)
 
 
-@pytest.mark.parametrize("case", BACK_ERRORS, ids=lambda case: case.name)
+@every(BACK_ERRORS)
 def test_errors_of_dequantize(case):
     good = {"code": torch.zeros(2, 4, 3, dtype=torch.int8), "scale": torch.ones(4), "zero_point": _INT, "axis": 1}
-    dequantize(**good)
-    with pytest.raises(case.error) as raised:
-        dequantize(**{**good, **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, dequantize, good)
 
 
 # torch's machinery
@@ -249,8 +223,7 @@ def test_compile(chosen):
     torch._dynamo.reset()
     with backend.backend(chosen):
         found = torch.compile(both, backend="aot_eager", fullgraph=True)(x)
-    for got, expected in zip(found, both(x), strict=True):
-        same(got, expected)
+    assert_same(found, both(x))
 
 
 def test_export_keeps_the_ops():
@@ -259,12 +232,7 @@ def test_export_keeps_the_ops():
             grid = torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32)
             return dequantize(quantize(x, *grid, -8, 7), *grid)
 
-    x = torch.randn(5, 3)
-    program = torch.export.export(Model(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    assert "zsq.quantize" in str(program.graph)
-    assert "zsq.dequantize" in str(program.graph)
-    more = torch.randn(7, 3)
-    same(program.module()(more), Model()(more))
+    assert_exports(Model(), (torch.randn(5, 3),), (torch.randn(7, 3),), "quantize", "dequantize")
 
 
 def test_autocast_keeps_the_dtypes():

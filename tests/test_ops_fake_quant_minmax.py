@@ -17,34 +17,18 @@ Broken on purpose, each seen red:
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.backends.common import aot_autograd
+from parity import assert_raises, assert_same, compiled, every, on_every_path, ours, refused, replayed, unchanged
 
 from zsq_ext.ops import backend, cpu, fake_quant, fake_quant_minmax, reference
 from zsq_ext.ops.cases import fake_quant_minmax as cases
 from zsq_ext.quant import ranges
 
-ALL = pytest.mark.parametrize("case", cases.FAKE_QUANT_MINMAX, ids=lambda case: case.name)
+ALL = every(cases.FAKE_QUANT_MINMAX)
 CASE = {case.name: case for case in cases.FAKE_QUANT_MINMAX}
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def same(got, expected):
-    """The same bits, of every NaN only its place."""
-    assert got.dtype == expected.dtype
-    got, expected = got.detach().cpu(), expected.detach().cpu()
-    assert torch.equal(got.isnan(), expected.isnan())
-    number = ~got.isnan()
-    assert torch.equal(got[number], expected[number])
-    assert torch.equal(got[number].signbit(), expected[number].signbit())
-
-
-def all_same(got, expected):
-    for a, b in zip(got, expected, strict=True):
-        same(a, b)
 
 
 def composite(tensors, bits, axes, symmetric):
@@ -75,8 +59,8 @@ def test_it_is_the_weight_quantizer(case):
         assert found[0].movedim(axis, 0)[odd | wide].isnan().all()
         assert found[0].shape == t.shape
         keep = ~(odd | wide)
-        same(found[0].movedim(axis, 0)[keep], expected[0].movedim(axis, 0)[keep])
-        same(found[1][keep], expected[1][keep])
+        assert_same(found[0].movedim(axis, 0)[keep], expected[0].movedim(axis, 0)[keep])
+        assert_same(found[1][keep], expected[1][keep])
         assert torch.equal(found[2][keep], expected[2][keep])
 
 
@@ -97,7 +81,7 @@ def test_a_tuple_a_list_and_nothing():
     weights = torch.randn(3, 4), torch.randn(2, 5)
     outs = fake_quant_minmax(weights, (3, 4))
     assert isinstance(outs, list)
-    all_same(fake_quant_minmax(list(weights), [3, 4], [0, 0]), outs)
+    assert_same(fake_quant_minmax(list(weights), [3, 4], [0, 0]), outs)
     assert fake_quant_minmax([], 4) == []
     assert fake_quant_minmax((), 4, return_grid=True) == ([], [], [])
 
@@ -109,35 +93,21 @@ def test_a_tuple_a_list_and_nothing():
 def test_every_backend_has_the_reference_bits(case, fast):
     name, device = fast
     args = case.args(device)
-    if (reason := backend.reason_against(name, "fake_quant_minmax", device, case.dtype)) is not None:
-        with backend.backend(name), pytest.raises(NotImplementedError, match=reason):
-            torch.ops.zsq.fake_quant_minmax(*args)
+    if refused(fast, "fake_quant_minmax", case.dtype, lambda: torch.ops.zsq.fake_quant_minmax(*args)):
         return
-    before = [t.clone() for t in args[0]]
-    with backend.backend(name):
+    with backend.backend(name), unchanged(args):
         outs, *grid = torch.ops.zsq.fake_quant_minmax(*args)
         into = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in args[0]]
         grid_of_out = torch.ops.zsq.fake_quant_minmax_out(*args, into)
     expected, *expected_grid = reference.fake_quant_minmax(*case.args())
-    all_same((*outs, *grid), (*expected, *expected_grid))
-    all_same((*into, *grid_of_out), (*expected, *expected_grid))
-    all_same(args[0], before)
+    assert_same((*outs, *grid), (*expected, *expected_grid))
+    assert_same((*into, *grid_of_out), (*expected, *expected_grid))
 
 
 @ALL
 def test_the_scalar_path_and_any_number_of_threads(case):
-    native = pytest.importorskip("zsq_ext._C")
-    expected, *grid = reference.fake_quant_minmax(*case.args())
-    threads, simd = torch.get_num_threads(), native.simd_enabled()
-    try:
-        for number, path in ((1, False), (2, True), (5, True)):
-            torch.set_num_threads(number)
-            native.set_simd(path)
-            outs, *found = cpu.fake_quant_minmax(*case.args())
-            all_same((*outs, *found), (*expected, *grid))
-    finally:
-        torch.set_num_threads(threads)
-        native.set_simd(simd)
+    found = on_every_path(lambda: cpu.fake_quant_minmax(*case.args()))
+    assert_same(found, reference.fake_quant_minmax(*case.args()))
 
 
 @pytest.mark.parametrize("name", ["plain", "transposed", "channels_last", "channels_last_axis_1", "strided", "fp16"])
@@ -153,7 +123,7 @@ def test_out(name, fast):
             versions = [out._version for out in outs]
             returned = fake_quant_minmax(ins, bits, axes, symmetric=symmetric, out=outs)
             assert all(a is b for a, b in zip(returned, outs, strict=True))
-            all_same(outs, expected)
+            assert_same(outs, expected)
             assert all(out._version > v for out, v in zip(outs, versions, strict=True)), "autograd would not notice"
 
 
@@ -170,17 +140,17 @@ def test_properties(seed, channels, length, bits, symmetric, power):
     x = torch.randn(channels, length, generator=torch.Generator().manual_seed(seed))
     (out,), (scale,), (zero_point,) = fake_quant_minmax([x], bits, symmetric=symmetric, return_grid=True)
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    same(out, fake_quant(x, scale, zero_point, qmin, qmax, axis=0))
+    assert_same(out, fake_quant(x, scale, zero_point, qmin, qmax, axis=0))
     # Half a step, and the other half once, where the zero-point's own rounding, or a code that symmetry lacks, shifts
     # an end; float32 adds a few units of the last place of up to 2^8 steps.
     assert ((out - x).abs() <= scale[:, None] * (1 + 2**8 * 2.0**-22)).all()
     order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-    same(fake_quant_minmax([x[:, order]], bits, symmetric=symmetric)[0], out[:, order])
+    assert_same(fake_quant_minmax([x[:, order]], bits, symmetric=symmetric)[0], out[:, order])
     if length > 1:  # wider than 1e-8, whatever the power
-        same(fake_quant_minmax([x * 2.0**power], bits, symmetric=symmetric)[0], out * 2.0**power)
+        assert_same(fake_quant_minmax([x * 2.0**power], bits, symmetric=symmetric)[0], out * 2.0**power)
     both = fake_quant_minmax([x[:1], x], bits, symmetric=symmetric)
-    same(both[0], out[:1])
-    same(both[1], out)
+    assert_same(both[0], out[:1])
+    assert_same(both[1], out)
 
 
 # gradients
@@ -215,7 +185,7 @@ def test_ste_clip_is_that_of_fake_quant(name, fast):
         found = torch.autograd.grad(outs, tensors[:2], grads)
     for got, grad, t, s, z, b, axis in zip(found, grads, tensors, scales, zero_points, bits, axes, strict=False):
         range_ = -(2 ** (b - 1)), 2 ** (b - 1) - 1, axis
-        same(got, reference.fake_quant_backward(grad, t, s, z, *range_))
+        assert_same(got, reference.fake_quant_backward(grad, t, s, z, *range_))
     assert not fake_quant_minmax([tensors[2]], 4)[0].requires_grad
 
 
@@ -243,13 +213,9 @@ def test_autocast_keeps_the_dtype():
 # errors
 
 
-@pytest.mark.parametrize("case", cases.FAKE_QUANT_MINMAX_ERRORS, ids=lambda case: case.name)
+@every(cases.FAKE_QUANT_MINMAX_ERRORS)
 def test_errors_name_the_argument(case):
-    good = {"tensors": [torch.zeros(2, 3), torch.zeros(4, 5)], "bits": 4}
-    fake_quant_minmax(**good)
-    with pytest.raises(case.error) as raised:
-        fake_quant_minmax(**{**good, **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, fake_quant_minmax, {"tensors": [torch.zeros(2, 3), torch.zeros(4, 5)], "bits": 4})
 
 
 # torch's machinery
@@ -266,20 +232,15 @@ def test_opcheck(name):
 @pytest.mark.parametrize("grad", ["ste", "ste_clip"])
 def test_compile_keeps_one_op(grad):
     tensors, bits, axes, symmetric = CASE["transposed"].args()
-    leaves, seen = [t.requires_grad_() for t in tensors], []
-
-    def look(graph, inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return make_boxed_func(graph.forward)
+    leaves = [t.requires_grad_() for t in tensors]
 
     def loss(*tensors):
         outs = fake_quant_minmax(tensors, bits, axes, symmetric=symmetric, grad=grad)
         return sum((out * (i + 1)).square().sum() for i, out in enumerate(outs))
 
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, backend=aot_autograd(fw_compiler=look), fullgraph=True)
-    got = torch.autograd.grad(compiled(*leaves), leaves)
-    assert [op for op in seen if "fake_quant_minmax" in op] == ["zsq.fake_quant_minmax.default"]
+    out, graphs = compiled(loss, *leaves)
+    assert [op for op in ours(graphs[0]) if "fake_quant_minmax" in op] == ["zsq.fake_quant_minmax.default"]
+    got = torch.autograd.grad(out, leaves)
     for a, b in zip(got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -296,8 +257,8 @@ def test_compile_writes_to_out(fast):
     with backend.backend(name):
         more = torch.compile(into, backend="aot_eager", fullgraph=True)(tensors, outs)
     expected = reference.fake_quant_minmax(*CASE["plain"].args())[0]
-    all_same(outs, expected)
-    all_same(more, [t + 1 for t in expected])
+    assert_same(outs, expected)
+    assert_same(more, [t + 1 for t in expected])
 
 
 def test_export_keeps_the_op():
@@ -325,12 +286,5 @@ def test_export_keeps_the_op():
 def test_cuda_graph_replays_with_new_contents():
     tensors, *how = CASE["many"].args("cuda")
     with backend.backend("cuda"):
-        torch.ops.zsq.fake_quant_minmax(tensors, *how)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outs, *grid = torch.ops.zsq.fake_quant_minmax(tensors, *how)
-    for t in tensors:
-        t.normal_()
-    graph.replay()
-    expected, *expected_grid = reference.fake_quant_minmax(tensors, *how)
-    all_same((*outs, *grid), (*expected, *expected_grid))
+        found = replayed(lambda: torch.ops.zsq.fake_quant_minmax(tensors, *how), lambda: [t.normal_() for t in tensors])
+    assert_same(found, reference.fake_quant_minmax(tensors, *how))

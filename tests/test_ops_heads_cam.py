@@ -8,34 +8,30 @@ counted [nan_inf], the upper bound counted [edges], NaN counted [nan_inf].
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.backends.common import aot_autograd
+from parity import (
+    assert_exports,
+    assert_raises,
+    assert_same,
+    assert_within,
+    compiled,
+    every,
+    path,
+    refused,
+    replayed,
+    skip_refused,
+    strides_like,
+    unchanged,
+)
 
 from zsq_ext.ops import backend, cam_map, count_active, cpu, reference
 from zsq_ext.ops.cases import heads as cases
 
-ALL = pytest.mark.parametrize("case", cases.CAM, ids=lambda case: case.name)
+ALL = every(cases.CAM)
 CASE = {case.name: case for case in cases.CAM}
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def bits(t):
-    """The tensor as integers, so that 0 and -0 differ; every NaN as one value, since only its place is promised."""
-    t = t.detach().cpu().contiguous()
-    if not t.is_floating_point():
-        return t
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return t.view(kind).masked_fill(t.isnan(), -1)
-
-
-def assert_same(got, expected):
-    assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    wrong = bits(got) != bits(expected)
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} differ"
 
 
 def assert_map(case, got):
@@ -47,24 +43,14 @@ def assert_map(case, got):
     slack = (min(x.size(1), 256) + 2 + x.size(1) // 256) * torch.finfo(case.compute).eps / 2 * sizes
     assert got.dtype == expected.dtype
     assert got.is_contiguous()
-    finite = expected.isfinite()
-    # 0 where the sum is minus infinity is no rounding: the rest of such a sum does not matter
-    got = got.cpu()
-    assert_same(got.masked_fill(finite, 0), expected.masked_fill(finite, 0))
-    excess = (got.double() - expected.double()).abs() - slack.nan_to_num(torch.inf)
-    assert (excess[finite] <= 0).all(), f"beyond the tolerance by up to {excess[finite].max()}"
+    # 0 where the sum is minus infinity is no rounding: its slack is infinite, the rest of such a sum does not matter
+    assert_within(got, expected, slack)
     assert not (got < 0).any()
 
 
 def backward_args(case, device="cpu"):
     x, alpha, floor = case.args(device)
     return x, alpha, reference.cam_map(*case.args()).to(device), case.grad(device), floor
-
-
-def strides_of(x):
-    last = x.stride(1) == 1 and not x.is_contiguous()
-    dense = torch.empty(x.shape, device="meta")
-    return (dense.contiguous(memory_format=torch.channels_last) if last else dense).stride()
 
 
 # meaning
@@ -117,45 +103,31 @@ def test_nan_passes_the_gradient_and_is_not_counted(fast):
 def test_map_agrees_with_the_reference(case, fast):
     name, device = fast
     args = case.args(device)
-    if (reason := backend.reason_against(name, "cam_map", device, case.dtype)) is not None:
-        with backend.backend(name), pytest.raises(NotImplementedError, match=reason):
-            cam_map(*args[:2], floor=args[2])
+    if refused(fast, "cam_map", case.dtype, lambda: cam_map(*args[:2], floor=args[2])):
         return
-    before = args[0].clone()
-    with backend.backend(name):
+    with backend.backend(name), unchanged(args):
         assert_map(case, torch.ops.zsq.cam_map(*args))
-    assert torch.equal(before.nan_to_num(), args[0].nan_to_num())
 
 
 @ALL
 def test_backward_agrees_with_the_reference(case, fast):
     name, device = fast
-    if backend.reason_against(name, "cam_map_backward", device, case.dtype) is not None:
-        pytest.skip(f"{name} has no backward for {case.dtype}: the map's test says so")
+    skip_refused(fast, "cam_map_backward", case.dtype)
     args = backward_args(case, device)
     with backend.backend(name):
         got = torch.ops.zsq.cam_map_backward(*args)
     assert_same(got, reference.cam_map_backward(*backward_args(case)))
-    assert got.stride() == strides_of(args[0])
+    assert got.stride() == strides_like(args[0])
 
 
 @ALL
 def test_count_agrees_with_the_reference(case, fast):
     name, device = fast
-    if backend.reason_against(name, "count_active", device, case.dtype) is not None:
-        pytest.skip(f"{name} has no count for {case.dtype}: the map's test says so")
+    skip_refused(fast, "count_active", case.dtype)
     x = case.activation(device)
     with backend.backend(name):
         for upper in (None, case.upper):
             assert_same(count_active(x, upper), reference.count_active(case.activation(), upper))
-
-
-@pytest.fixture
-def scalar():
-    native = pytest.importorskip("zsq_ext._C")
-    before = native.set_simd(False)
-    yield
-    native.set_simd(before)
 
 
 @ALL
@@ -170,18 +142,13 @@ def test_scalar_path_agrees_with_the_reference(case, scalar):
 def test_a_backend_repeats_its_bits_on_any_number_of_threads(name, fast):
     where, device = fast
     case, found = CASE[name], []
-    before = torch.get_num_threads()
     for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        try:
-            with backend.backend(where):
-                found.append(torch.ops.zsq.cam_map(*case.args(device)))
-                found.append(torch.ops.zsq.cam_map_backward(*backward_args(case, device)))
-                found.append(count_active(case.activation(device)))
-        finally:
-            torch.set_num_threads(before)
+        with path(threads=threads), backend.backend(where):
+            found.append(torch.ops.zsq.cam_map(*case.args(device)))
+            found.append(torch.ops.zsq.cam_map_backward(*backward_args(case, device)))
+            found.append(count_active(case.activation(device)))
     for i, t in enumerate(found[3:]):
-        assert_same(t, found[i % 3].cpu())
+        assert_same(t, found[i % 3])
 
 
 @settings(deadline=None, max_examples=30)
@@ -234,22 +201,16 @@ def test_autocast_keeps_the_dtype():
         assert cam_map(x, alpha).dtype == torch.float32
 
 
-@pytest.mark.parametrize("case", cases.CAM_ERRORS, ids=lambda case: case.name)
+@every(cases.CAM_ERRORS)
 def test_errors_name_the_argument(case):
     good = {"activation": torch.zeros(2, 3, 4, 4), "alpha": torch.zeros(2, 3), "floor": 1e-10}
-    cam_map(**good)
-    with pytest.raises(case.error) as raised:
-        cam_map(**{**good, **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, cam_map, good)
 
 
-@pytest.mark.parametrize("case", cases.COUNT_ERRORS, ids=lambda case: case.name)
+@every(cases.COUNT_ERRORS)
 def test_errors_of_counts_name_the_argument(case):
     good = {"x": torch.zeros(2, 3, 4, 4), "upper": 6}
-    count_active(**good)
-    with pytest.raises(case.error) as raised:
-        count_active(**{**good, **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, count_active, good)
 
 
 @pytest.mark.parametrize("name", ["contiguous_floor", "channels_last_tail", "contiguous_fp16", "no_places", "strided"])
@@ -271,15 +232,11 @@ def test_compiles_without_a_break():
     def step(x):
         return cam_map(x, alpha * count_active(x, 6.0) / 35, floor=floor)
 
-    graphs = []
-    catch = aot_autograd(fw_compiler=lambda gm, _: (graphs.append(gm), make_boxed_func(gm.forward))[1])
-    torch._dynamo.reset()
     a, b = (x.clone().requires_grad_() for _ in range(2))
-    compiled, plain = torch.compile(step, backend=catch, fullgraph=True)(a), step(b)
-    names = [str(node.target) for gm in graphs for node in gm.graph.nodes]
-    assert {"zsq.cam_map.default", "zsq.count_active.default"} <= set(names)
-    assert_same(compiled, plain)
-    got, expected = (torch.autograd.grad(s, x, case.grad())[0] for s, x in ((compiled, a), (plain, b)))
+    (found, graphs), plain = compiled(step, a), step(b)
+    assert {"zsq.cam_map.default", "zsq.count_active.default"} <= set(graphs[0])
+    assert_same(found, plain)
+    got, expected = (torch.autograd.grad(s, x, case.grad())[0] for s, x in ((found, a), (plain, b)))
     assert_same(got, expected)
 
 
@@ -290,12 +247,7 @@ class Map(torch.nn.Module):
 
 def test_export_keeps_the_ops():
     x, alpha, _ = CASE["contiguous"].args()
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(Map(), (x, alpha), dynamic_shapes=(batch, batch))
-    assert "zsq.cam_map" in str(program.graph)
-    assert "zsq.count_active" in str(program.graph)
-    for a, b in zip(program.module()(x[:2], alpha[:2]), Map()(x[:2], alpha[:2]), strict=True):
-        assert_same(a, b)
+    assert_exports(Map(), (x, alpha), (x[:2], alpha[:2]), "cam_map", "count_active")
 
 
 def test_meta_tensors_have_a_shape_and_no_values():
@@ -312,13 +264,8 @@ def test_meta_tensors_have_a_shape_and_no_values():
 def test_cuda_graph_replays_with_new_contents(name):
     case = CASE["contiguous_resnet"]
     args = case.args("cuda")
+    new = case.activation("cuda", seed=7)
     with backend.backend(name):
-        torch.ops.zsq.cam_map(*args)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out, count = torch.ops.zsq.cam_map(*args), count_active(args[0])
-        new = case.activation("cuda", seed=7)
-        args[0].copy_(new)
-        graph.replay()
-        assert_same(out, torch.ops.zsq.cam_map(new, *args[1:]).cpu())
+        out, count = replayed(lambda: (torch.ops.zsq.cam_map(*args), count_active(args[0])), lambda: args[0].copy_(new))
+        assert_same(out, torch.ops.zsq.cam_map(new, *args[1:]))
     assert_same(count, reference.count_active(new.cpu(), None))

@@ -16,16 +16,27 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.backends.common import aot_autograd
+from parity import (
+    assert_exports,
+    assert_raises,
+    assert_same,
+    assert_within,
+    compiled,
+    every,
+    path,
+    refused,
+    replayed,
+    skip_refused,
+    unchanged,
+)
 
 from zsq_ext.ops import KD_SCALINGS, backend, cpu, distill_head, reference
 from zsq_ext.ops.cases import heads as cases
 from zsq_ext.ops.reference.heads import LOG_FLOOR, kd_weight
 
-ALL = pytest.mark.parametrize("case", cases.DISTILL, ids=lambda case: case.name)
+ALL = every(cases.DISTILL)
 CASE = {case.name: case for case in cases.DISTILL}
 NAMES = ("student", "teacher", "labels", "easy", "kd", "alpha", "temperature", "ce", "tau", "strict")
 COLUMNS = ("value", "base", "shift", "ce", "lse", "wrong", "right", "agree")
@@ -60,17 +71,6 @@ def eager(student, teacher, labels, easy, kd, alpha, temperature, ce, tau, stric
 
 
 # how far a backend may be off
-
-
-def assert_within(got, expected, slack, what):
-    """NaN and infinities in the same places, and elsewhere no further apart than slack."""
-    got, expected = got.detach().cpu().double(), expected.detach().cpu().double()
-    assert got.shape == expected.shape, what
-    finite = expected.isfinite()
-    kinds = [t.nan_to_num(1e300, 2e300, -2e300)[~finite] for t in (got, expected)]
-    assert torch.equal(*kinds), f"{what}: {kinds[0]} instead of {kinds[1]}"
-    excess = (got - expected).abs() - torch.as_tensor(slack).expand_as(got).nan_to_num(torch.inf)
-    assert (excess[finite] <= 0).all(), f"{what} beyond the tolerance by up to {excess[finite].max()}"
 
 
 class Bounds:
@@ -372,23 +372,16 @@ def test_infinite_logits_are_seen(fast):
 def test_forward_agrees_with_the_reference(case, fast):
     name, device = fast
     args = case.args(device)
-    if (reason := backend.reason_against(name, "distill_head", device, case.dtype)) is not None:
-        with backend.backend(name), pytest.raises(NotImplementedError, match=reason):
-            distill_head(**public(args))
+    if refused(fast, "distill_head", case.dtype, lambda: distill_head(**public(args))):
         return
-    copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in args]
-    with backend.backend(name):
+    with backend.backend(name), unchanged(args):
         assert_forward(case, torch.ops.zsq.distill_head(*args))
-    for before, after in zip(copies, args, strict=True):
-        if isinstance(before, torch.Tensor):
-            assert torch.equal(before.nan_to_num(), after.nan_to_num())
 
 
 @ALL
 def test_backward_agrees_with_the_reference(case, fast):
     name, device = fast
-    if backend.reason_against(name, "distill_head_backward", device, case.dtype) is not None:
-        pytest.skip(f"{name} has no backward for {case.dtype}: the forward's test says so")
+    skip_refused(fast, "distill_head_backward", case.dtype)
     with backend.backend(name):
         assert_backward(case, torch.ops.zsq.distill_head_backward(*backward_args(case, device)))
 
@@ -405,14 +398,6 @@ def test_one_gradient_alone(kd, ce, fast):
             assert (ds.numel() > 0, dt.numel() > 0) == need
 
 
-@pytest.fixture
-def scalar():
-    native = pytest.importorskip("zsq_ext._C")
-    before = native.set_simd(False)
-    yield
-    native.set_simd(before)
-
-
 @ALL
 def test_scalar_path_agrees_with_the_reference(case, scalar):
     assert_forward(case, cpu.distill_head(*case.args()))
@@ -424,20 +409,15 @@ def test_a_backend_repeats_its_bits(fast):
     case = CASE["threads"]
     with backend.backend(name):
         first, again = (torch.ops.zsq.distill_head(*case.args(device)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert_same(again, first)
 
 
 def test_any_number_of_threads_gives_the_same_bits():
     case, found = CASE["threads"], []
-    before = torch.get_num_threads()
     for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        try:
-            found.append([*cpu.distill_head(*case.args()), *cpu.distill_head_backward(*backward_args(case))])
-        finally:
-            torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+        with path(threads=threads):
+            found.append((cpu.distill_head(*case.args()), cpu.distill_head_backward(*backward_args(case))))
+        assert_same(found[-1], found[0])
 
 
 # properties
@@ -528,14 +508,11 @@ def test_autocast_keeps_the_dtype():
     assert (out.kd.dtype, out.ce.dtype) == (torch.float32, torch.float32)
 
 
-@pytest.mark.parametrize("case", cases.DISTILL_ERRORS, ids=lambda case: case.name)
+@every(cases.DISTILL_ERRORS)
 def test_errors_name_the_argument(case):
     good = {"student": torch.zeros(4, 5), "teacher": torch.zeros(4, 5), "labels": torch.zeros(4, dtype=torch.int64)}
     good |= {"tau": 0.5, "check": True}
-    distill_head(**good)
-    with pytest.raises(case.error) as raised:
-        distill_head(**{**good, **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, distill_head, good)
 
 
 @pytest.mark.parametrize("name", ["kl_batchmean", "entropy_no_labels", "given", "mse_fp16", "two_classes", "strided"])
@@ -557,16 +534,11 @@ def test_compiles_without_a_break():
         out = distill_head(**{**args, "student": student, "teacher": teacher})
         return out.kd + 2 * out.ce, out.right, out.easy
 
-    graphs = []
-    catch = aot_autograd(fw_compiler=lambda gm, _: (graphs.append(gm), make_boxed_func(gm.forward))[1])
     pairs = [[args[k].clone().requires_grad_() for k in ("student", "teacher")] for _ in range(2)]
-    torch._dynamo.reset()
-    compiled = torch.compile(step, backend=catch, fullgraph=True)(*pairs[0])
-    plain = step(*pairs[1])
-    assert any("distill_head" in str(node.target) for gm in graphs for node in gm.graph.nodes)
-    assert all(torch.equal(a, b) for a, b in zip(compiled, plain, strict=True))
-    for a, b in zip(torch.autograd.grad(compiled[0], pairs[0]), torch.autograd.grad(plain[0], pairs[1]), strict=True):
-        assert torch.equal(a, b)
+    (found, graphs), plain = compiled(step, *pairs[0]), step(*pairs[1])
+    assert any("distill_head" in op for op in graphs[0])
+    assert_same(found, plain)
+    assert_same(torch.autograd.grad(found[0], pairs[0]), torch.autograd.grad(plain[0], pairs[1]))
 
 
 class Head(torch.nn.Module):
@@ -576,12 +548,7 @@ class Head(torch.nn.Module):
 
 def test_export_keeps_the_op():
     student, teacher, labels = CASE["kl_batchmean"].args()[:3]
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(Head(), (student, teacher, labels), dynamic_shapes=(batch, batch, batch))
-    assert "zsq.distill_head" in str(program.graph)
-    more = student[:5], teacher[:5], labels[:5]
-    for a, b in zip(program.module()(*more), Head()(*more), strict=True):
-        assert torch.equal(a, b)
+    assert_exports(Head(), (student, teacher, labels), (student[:5], teacher[:5], labels[:5]), "distill_head")
 
 
 def test_meta_tensors_have_a_shape_and_no_values():
@@ -598,15 +565,12 @@ def test_meta_tensors_have_a_shape_and_no_values():
 def test_cuda_graph_replays_with_new_contents(name):
     case = CASE["threads"]
     args = case.args("cuda")
-    with backend.backend(name):
-        torch.ops.zsq.distill_head(*args)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = torch.ops.zsq.distill_head(*args)
     other = case.args("cuda", seed=7)
-    for t, new in zip(args[:3], other[:3], strict=True):
-        t.copy_(new)
-    graph.replay()
+
+    def change():
+        for t, new in zip(args[:3], other[:3], strict=True):
+            t.copy_(new)
+
     with backend.backend(name):
-        expected = torch.ops.zsq.distill_head(*other)
-    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+        out = replayed(lambda: torch.ops.zsq.distill_head(*args), change)
+        assert_same(out, torch.ops.zsq.distill_head(*other))

@@ -23,37 +23,32 @@ Broken on purpose on the CPU, each seen red; what caught it first (p: parity wit
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.backends.common import aot_autograd
+from parity import (
+    assert_exports,
+    assert_raises,
+    assert_same,
+    compiled,
+    every,
+    other_stream,
+    path,
+    refused,
+    replayed,
+    skip_refused,
+    strides_like,
+    unchanged,
+)
 
 from zsq_ext.ops import backend, cpu, reference, resize_crops, view_images
 from zsq_ext.ops.cases import image as cases
 from zsq_ext.ops.image import _edge_of
-from zsq_ext.ops.layout import channels_last
 
 VIEW = {case.name: case for case in cases.VIEW}
 CROP = {case.name: case for case in cases.CROP}
-VIEWS = pytest.mark.parametrize("case", cases.VIEW, ids=lambda case: case.name)
-CROPS = pytest.mark.parametrize("case", cases.CROP, ids=lambda case: case.name)
 BOTH = pytest.mark.parametrize("case", [*cases.VIEW, *cases.CROP], ids=lambda c: f"{type(c).__name__}_{c.name}")
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def bits(t):
-    """The tensor as integers, so that 0 and -0 differ; every NaN as one value, since only its place is promised."""
-    t = t.detach().cpu().contiguous()
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return t.view(kind).masked_fill(t.isnan(), -1)
-
-
-def assert_same(got, expected):
-    assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    wrong = bits(got) != bits(expected)
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} differ"
 
 
 def name_of(case):
@@ -78,11 +73,6 @@ def backward_args(case, device="cpu"):
         return case.grad(device), *where[:-1], case.shape[2:]
     top, left, flip, _, edge, _, _ = where
     return case.grad(device), top, left, flip, case.shape[2:], edge
-
-
-def strides_of(x, size):
-    dense = torch.empty(*x.shape[:2], *size, device="meta")
-    return (dense.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last(x) else dense).stride()
 
 
 # meaning
@@ -203,38 +193,24 @@ def test_int32_and_strided_places_are_taken(case):
 def test_forward_agrees_with_the_reference(case, fast):
     name, device = fast
     args = case.args(device)
-    if (reason := backend.reason_against(name, name_of(case), device, case.dtype)) is not None:
-        with backend.backend(name), pytest.raises(NotImplementedError, match=reason):
-            public(case)(**args)
+    if refused(fast, name_of(case), case.dtype, lambda: public(case)(**args)):
         return
-    copies = {k: t.clone() for k, t in args.items() if isinstance(t, torch.Tensor)}
-    with backend.backend(name):
+    with backend.backend(name), unchanged(args):
         got = public(case)(**args)
     assert_same(got, getattr(reference, name_of(case))(*op_args(case)))
-    assert got.stride() == strides_of(args["x"], case.size)
-    for k, before in copies.items():
-        assert torch.equal(before.nan_to_num(), args[k].nan_to_num()), f"{k} was modified"
+    assert got.stride() == strides_like(args["x"], case.size)
 
 
 @BOTH
 def test_backward_agrees_with_the_reference(case, fast):
     name, device = fast
     op = f"{name_of(case)}_backward"
-    if backend.reason_against(name, op, device, case.dtype) is not None:
-        pytest.skip(f"{name} has no backward for {case.dtype}: the forward's test says so")
+    skip_refused(fast, op, case.dtype)
     args = backward_args(case, device)
     with backend.backend(name):
         got = getattr(torch.ops.zsq, op)(*args)
     assert_same(got, getattr(reference, op)(*backward_args(case)))
-    assert got.stride() == strides_of(args[0], case.shape[2:])
-
-
-@pytest.fixture
-def scalar():
-    native = pytest.importorskip("zsq_ext._C")
-    before = native.set_simd(False)
-    yield
-    native.set_simd(before)
+    assert got.stride() == strides_like(args[0], case.shape[2:])
 
 
 @BOTH
@@ -249,17 +225,11 @@ def test_scalar_path_agrees_with_the_reference(case, scalar):
 @pytest.mark.parametrize("table", [VIEW, CROP], ids=["view", "crop"])
 def test_any_number_of_threads_gives_the_same_bits(table, name):
     case, found = table[name], []
-    before = torch.get_num_threads()
     for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        try:
+        with path(threads=threads):
             forward = getattr(cpu, name_of(case))(*op_args(case))
             found.append((forward, getattr(cpu, f"{name_of(case)}_backward")(*backward_args(case))))
-        finally:
-            torch.set_num_threads(before)
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
-            assert_same(a, b)
+        assert_same(found[-1], found[0])
 
 
 # gradients
@@ -288,7 +258,7 @@ def test_adjoints_are_exact(name):
         assert abs(left - right) <= 20 * torch.finfo(torch.float64).eps * (y * grad).abs().sum(), case.name
 
 
-@VIEWS
+@every(cases.VIEW)
 def test_pixels_outside_the_view_get_an_exact_zero(case):
     if case.values == "special" or case.corner == "outside":
         return
@@ -351,20 +321,14 @@ def _good(view):
     return good | ({"low": torch.zeros(3), "high": torch.ones(3)} if view else {"height": one, "width": one})
 
 
-@pytest.mark.parametrize("case", cases.VIEW_ERRORS, ids=lambda case: case.name)
+@every(cases.VIEW_ERRORS)
 def test_errors_of_views_name_the_argument(case):
-    view_images(**_good(True))
-    with pytest.raises(case.error) as raised:
-        view_images(**{**_good(True), **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, view_images, _good(view=True))
 
 
-@pytest.mark.parametrize("case", cases.CROP_ERRORS, ids=lambda case: case.name)
+@every(cases.CROP_ERRORS)
 def test_errors_of_crops_name_the_argument(case):
-    resize_crops(**_good(False))
-    with pytest.raises(case.error) as raised:
-        resize_crops(**{**_good(False), **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, resize_crops, _good(view=False))
 
 
 # properties
@@ -420,21 +384,13 @@ def test_opcheck(table, name):
     torch.library.opcheck(getattr(torch.ops.zsq, f"{name_of(case)}_backward").default, backward_args(case))
 
 
-@pytest.mark.parametrize("case", [VIEW["plain"], VIEW["channels_last"], CROP["plain"]], ids=lambda case: case.name)
+@every([VIEW["plain"], VIEW["channels_last"], CROP["plain"]])
 def test_compile_keeps_the_op(case):
-    seen = []
-
-    def look(graph, inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return make_boxed_func(graph.forward)
-
     args = case.args()
     x = args.pop("x").requires_grad_()
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: public(case)(x, **args), backend=aot_autograd(fw_compiler=look), fullgraph=True)
-    out = compiled(x)
+    out, graphs = compiled(lambda x: public(case)(x, **args), x)
     (got,) = torch.autograd.grad(out, x, case.grad())
-    assert any(f"zsq.{name_of(case)}" in op for op in seen)
+    assert any(f"zsq.{name_of(case)}" in op for op in graphs[0])
     assert_same(out, getattr(reference, name_of(case))(*op_args(case)))
     assert_same(got, getattr(reference, f"{name_of(case)}_backward")(*backward_args(case)))
 
@@ -451,11 +407,7 @@ def test_export_keeps_the_ops():
         start = torch.randint(0, 3, (batch,), generator=rng)
         return torch.randn(batch, 3, 10, 8, generator=rng), start, start > 0
 
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(Pipeline(), inputs(2), dynamic_shapes=(batch, batch, batch))
-    assert "zsq.view_images" in str(program.graph)
-    assert "zsq.resize_crops" in str(program.graph)
-    assert_same(program.module()(*inputs(5)), Pipeline()(*inputs(5)))
+    assert_exports(Pipeline(), inputs(2), inputs(5), "view_images", "resize_crops")
 
 
 def test_meta_tensors_have_a_shape_and_no_values():
@@ -472,15 +424,14 @@ def test_meta_tensors_have_a_shape_and_no_values():
 @pytest.mark.parametrize("case", [VIEW["plain"], CROP["plain"]], ids=name_of)
 def test_cuda_graph_replays_with_new_contents(name, case):
     args = case.args("cuda")
+
+    def change():
+        for k, t in case.args("cuda", seed=7).items():
+            if isinstance(t, torch.Tensor) and k not in ("low", "high"):
+                args[k].copy_(t)
+
     with backend.backend(name):
-        public(case)(**args)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = public(case)(**args)
-    for k, t in case.args("cuda", seed=7).items():
-        if isinstance(t, torch.Tensor) and k not in ("low", "high"):
-            args[k].copy_(t)
-    graph.replay()
+        out = replayed(lambda: public(case)(**args), change)
     expected = op_args(case, seed=7)
     if isinstance(case, cases.ViewCase):
         expected = *expected[:-2], args["low"].cpu(), args["high"].cpu()
@@ -507,12 +458,8 @@ def test_more_than_2_31_elements(name):
 def test_runs_on_the_current_stream(name):
     case = VIEW["threads"]
     args = case.args("cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), backend.backend(name):
-        torch.cuda._sleep(20_000_000)  # were a kernel on another stream, it would read x before the next line
+    with other_stream(), backend.backend(name):
         args["x"].mul_(2)
         out = view_images(**args)
-    stream.synchronize()
     expected = op_args(case)
     assert_same(out, reference.view_images(expected[0] * 2, *expected[1:]))

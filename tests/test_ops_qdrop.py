@@ -6,20 +6,33 @@ place in memory taken for the place in the shape (threads_channels_last), one wo
 (channels_last_odd), the gradient not masked (plain), the scalar path's words in the wrong order (documented example).
 """
 
+import functools
 import importlib.util
 
+import parity
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.backends.common import aot_autograd
+from parity import (
+    assert_exports,
+    assert_raises,
+    compiled,
+    every,
+    on_every_path,
+    ours,
+    path,
+    refused,
+    skip_refused,
+    strides_like,
+    unchanged,
+)
 
 from zsq_ext.ops import backend, cpu, qdrop, reference
 from zsq_ext.ops.cases import qdrop as cases
 from zsq_ext.ops.reference.qdrop import philox
 
-ALL = pytest.mark.parametrize("case", cases.QDROP, ids=lambda case: case.name)
+ALL = every(cases.QDROP)
 CASE = {case.name: case for case in cases.QDROP}
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -40,17 +53,8 @@ if importlib.util.find_spec("triton"):
 WORD = 2**32 - 1
 
 
-def bits(t):
-    """The tensor as integers: values are copied, so that even a NaN's bits are the same."""
-    t = t.detach().cpu().contiguous()
-    return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
-
-
-def assert_same(got, expected):
-    assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    wrong = bits(got) != bits(expected)
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} differ"
+# Values are copied, so that even a NaN's bits are the same.
+assert_same = functools.partial(parity.assert_same, nan_bits=True)
 
 
 # the generator
@@ -150,50 +154,33 @@ def test_keys_and_offsets_draw_apart():
 @pytest.mark.parametrize("last", [False, True])
 def test_exactly_at_a_draw(fast, simd, last):
     name, device = fast
-    native = pytest.importorskip("zsq_ext._C")
     one, key = torch.ones(2, 12, 4, 2, device=device), torch.tensor([42, 7], device=device)
     one = one.to(memory_format=torch.channels_last) if last else one
-    before = native.set_simd(simd)
-    try:
-        with backend.backend(name):
-            for i, draw in enumerate(python_draws(8, 42, 7).tolist()):
-                kept = [qdrop(one, 0 * one, p / 2**24, key).flatten()[i].item() for p in (draw, draw + 1)]
-                assert kept == [0, 1]
-    finally:
-        native.set_simd(before)
+    with path(simd), backend.backend(name):
+        for i, draw in enumerate(python_draws(8, 42, 7).tolist()):
+            kept = [qdrop(one, 0 * one, p / 2**24, key).flatten()[i].item() for p in (draw, draw + 1)]
+            assert kept == [0, 1]
 
 
 # parity
-
-
-def strides_of(x):
-    last = x.dim() > 2 and x.stride(1) == 1 and not x.is_contiguous()
-    dense = torch.empty(x.shape, device="meta")
-    return (dense.movedim(1, -1).contiguous().movedim(-1, 1) if last else dense).stride()
 
 
 @ALL
 def test_forward_has_the_reference_bits(case, fast):
     name, device = fast
     args = case.args(device)
-    if (reason := backend.reason_against(name, "qdrop", device, case.dtype)) is not None:
-        with backend.backend(name), pytest.raises(NotImplementedError, match=reason):
-            qdrop(*args)
+    if refused(fast, "qdrop", case.dtype, lambda: qdrop(*args)):
         return
-    copies = [t.clone() for t in args if torch.is_tensor(t)]
-    with backend.backend(name):
+    with backend.backend(name), unchanged(args):
         got = qdrop(*args)
     assert_same(got, reference.qdrop(*case.op_args()))
-    assert got.stride() == strides_of(args[0])
-    for before, after in zip(copies, (t for t in args if torch.is_tensor(t)), strict=True):
-        assert torch.equal(before.nan_to_num(), after.nan_to_num()), "an input was modified"
+    assert got.stride() == strides_like(args[0])
 
 
 @ALL
 def test_backward_has_the_reference_bits(case, fast):
     name, device = fast
-    if backend.reason_against(name, "qdrop_backward", device, case.dtype) is not None:
-        pytest.skip(f"{name} takes no {case.dtype}: the forward's test says so")
+    skip_refused(fast, "qdrop_backward", case.dtype)
     grad, _, *rest = case.op_args(device)
     expected = reference.qdrop_backward(case.op_args()[0], *case.op_args()[2:], True, True)
     with backend.backend(name):
@@ -202,27 +189,16 @@ def test_backward_has_the_reference_bits(case, fast):
             for got, want, is_wanted in zip(found, expected, wanted, strict=True):
                 if is_wanted:
                     assert_same(got, want)
-                    assert got.stride() == strides_of(grad)
+                    assert got.stride() == strides_like(grad)
                 else:
                     assert got.numel() == 0
 
 
 @ALL
 def test_neither_path_nor_threads_change_a_bit(case):
-    native = pytest.importorskip("zsq_ext._C")
-    threads, simd = torch.get_num_threads(), native.simd_enabled()
     x, _, *rest = case.op_args()
-    expected = reference.qdrop(*case.op_args()), *reference.qdrop_backward(x, *rest, True, True)
-    try:
-        for torch_threads, path in ((1, True), (5, True), (2, False)):
-            torch.set_num_threads(torch_threads)
-            native.set_simd(path)
-            found = cpu.qdrop(*case.op_args()), *cpu.qdrop_backward(x, *rest, True, True)
-            for a, b in zip(found, expected, strict=True):
-                assert_same(a, b)
-    finally:
-        torch.set_num_threads(threads)
-        native.set_simd(simd)
+    found = on_every_path(lambda: (cpu.qdrop(*case.op_args()), cpu.qdrop_backward(x, *rest, True, True)), nan_bits=True)
+    assert_same(found, (reference.qdrop(*case.op_args()), reference.qdrop_backward(x, *rest, True, True)))
 
 
 # gradients
@@ -276,13 +252,10 @@ def test_autocast_keeps_the_dtype():
 # errors
 
 
-@pytest.mark.parametrize("case", cases.QDROP_ERRORS, ids=lambda case: case.name)
+@every(cases.QDROP_ERRORS)
 def test_errors_name_the_argument(case):
     good = {"x": torch.zeros(2, 3), "x_hat": torch.zeros(2, 3), "probability": 0.5, "key": torch.tensor([1, 2])}
-    qdrop(**good)
-    with pytest.raises(case.error) as raised:
-        qdrop(**{**good, **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, qdrop, good)
 
 
 # properties
@@ -337,24 +310,12 @@ def test_compile_keeps_the_op(fast):
     name, device = fast
     x, x_hat, *rest = CASE["plain"].args(device)
     x_hat.requires_grad_()
-    seen = []
-
-    def look(graph, _):
-        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
-        return make_boxed_func(graph.forward)
-
-    both = aot_autograd(fw_compiler=look, bw_compiler=look)
     for forced in ("auto", name):
-        seen.clear()
-        torch._dynamo.reset()
         with backend.backend(forced):
-            out = torch.compile(qdrop, backend=both, fullgraph=True)(x, x_hat, *rest)
+            out, graphs = compiled(qdrop, x, x_hat, *rest)
             (got,) = torch.autograd.grad(out.sum(), x_hat)
             (expected,) = torch.autograd.grad(qdrop(x, x_hat, *rest).sum(), x_hat)
-        assert [[op for op in ops if "zsq" in op] for ops in seen] == [
-            ["zsq.qdrop.default"],
-            ["zsq.qdrop_backward.default"],
-        ]
+        assert [ours(graph) for graph in graphs] == [["zsq.qdrop.default"], ["zsq.qdrop_backward.default"]]
         assert_same(out, reference.qdrop(*CASE["plain"].op_args()))
         assert_same(got, expected)
 
@@ -368,11 +329,7 @@ def test_export_keeps_the_op():
         def forward(self, x):
             return qdrop(x, x.round(), 0.5, self.key)
 
-    x, batch = torch.randn(2, 3, 4), {0: torch.export.Dim("batch")}
-    program = torch.export.export(Model(), (x,), dynamic_shapes=(batch,))
-    assert "zsq.qdrop" in str(program.graph)
-    more = torch.randn(5, 3, 4)
-    assert_same(program.module()(more), Model()(more))
+    assert_exports(Model(), (torch.randn(2, 3, 4),), (torch.randn(5, 3, 4),), "qdrop")
 
 
 def test_meta_tensors_have_a_shape_and_no_values():

@@ -127,8 +127,15 @@ def _kind_of(first: torch.Tensor | Sequence[torch.Tensor], *rest: Any) -> tuple[
     return t.device.type, t.dtype
 
 
+def _as_they_are(*args: Any) -> tuple[Any, ...]:
+    return args
+
+
 def define(
-    schema: str, fake: Callable[..., Any], kind: Callable[..., tuple[str, torch.dtype]] = _kind_of
+    schema: str,
+    fake: Callable[..., Any],
+    kind: Callable[..., tuple[str, torch.dtype]] = _kind_of,
+    gathered: Callable[..., tuple[Any, ...]] = _as_they_are,
 ) -> Callable[..., Any]:
     """Registers an op with torch, once for all devices, and returns it.
 
@@ -137,12 +144,13 @@ def define(
             the last one, and marked `(a!)`.
         fake: same arguments, returns empty tensors like the result; what compile and export trace with.
         kind: same arguments, returns the device and dtype that decide who may run it.
+        gathered: same arguments, returns them as backends take them, several in one value.
     """
     name = schema.partition("(")[0]
     OPS[name] = schema
 
     def run(*args: Any) -> Any:
-        return find(name, *kind(*args), _choice)(*args)
+        return find(name, *kind(*args), _choice)(*gathered(*args))
 
     def run_and_count(*args: Any) -> Any:
         result = run(*args)

@@ -106,10 +106,20 @@ def test_fake_quant_moves_16_bytes_at_a_time(kernels):
 @pytest.mark.parametrize("name", ["bn_act_rows_kernel", "bn_act_columns_kernel"])
 def test_bn_act_moves_16_bytes_at_a_time(kernels, name):
     found = family(kernels, name)
-    assert len({key for _, key in found}) == 2 * 3, "forward and backward, three dtypes"
+    assert len({key for _, key in found}) == 2 * 3 * 2, "forward and backward, three dtypes, with and without quantizer"
     for key, names in found.items():
         assert any(name.startswith("LDG.E.128") for name in names), key
         assert any(name.startswith("STG.E.128") for name in names), key
+
+
+@pytest.mark.parametrize("name", ["bn_act_rows_kernel", "bn_act_columns_kernel"])
+def test_bn_act_quantizes_by_exact_division(kernels, name):
+    # One per neighbour beyond those of the plain kernel; in the backward one for every activation that it may follow.
+    found = family(kernels, name)
+    for key, names in found.items():
+        if "Lb1EEEv" in key[1]:
+            plain = found[key[0], key[1].replace("Lb1EEEv", "Lb0EEEv")]
+            assert names.count("FCHK") >= plain.count("FCHK") + 8, key
 
 
 def test_bn_act_adds_without_atomics(kernels):

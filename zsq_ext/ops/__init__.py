@@ -1,7 +1,8 @@
 """The ops: fast, bit-exact across backends, and usable alone under autograd, compile and export."""
 
 from zsq_ext.ops.adaround import adaround, adaround_many, adaround_start
-from zsq_ext.ops.bn_act import bn_act, channel_sums, statistics_of
+from zsq_ext.ops.bn_act import bn_act
+from zsq_ext.ops.bn_act_sums import channel_sums, statistics_of
 from zsq_ext.ops.channel_range import channel_range
 from zsq_ext.ops.fake_quant import fake_quant
 from zsq_ext.ops.fake_quant_codes import dequantize, quantize

@@ -129,7 +129,10 @@ def _kind_of(first: torch.Tensor | Sequence[torch.Tensor], *rest: Any) -> tuple[
 
 
 def define(
-    schema: str, fake: Callable[..., Any], kind: Callable[..., tuple[torch.device, torch.dtype]] = _kind_of
+    schema: str,
+    fake: Callable[..., Any],
+    kind: Callable[..., tuple[torch.device, torch.dtype]] = _kind_of,
+    gathered: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Registers an op with torch, once for all devices, and returns it.
 
@@ -138,12 +141,14 @@ def define(
             the last one, and marked `(a!)`.
         fake: same arguments, returns empty tensors like the result; what compile and export trace with.
         kind: same arguments, returns the device and dtype that decide who may run it.
+        gathered: same arguments, returns them as backends take them, several in one value; None where they take these.
     """
     name = schema.partition("(")[0]
     OPS[name] = schema
 
     def run(*args: Any) -> Any:
-        return find(name, *kind(*args), _choice)(*args)
+        function = find(name, *kind(*args), _choice)
+        return function(*args) if gathered is None else function(*gathered(*args))
 
     def run_and_count(*args: Any) -> Any:
         result = run(*args)

@@ -70,38 +70,59 @@ inline bool active(C v, C upper) {
 
 #ifdef ZSQ_HAS_AVX2
 
-// kVectors times eight neighbouring positions at once.
+// kVectors times eight positions in one read of all channels: neighbours, but for the last eight, which begin at `last`
+// and may overlap the others. What is computed twice has the same bits.
 template <int kVectors, class T>
-ZSQ_AVX2 void tile_avx2(const T* x, int64_t places, const std::vector<float>& alpha, float* map) {
+ZSQ_AVX2 void tile_avx2(const T* x, int64_t places, int64_t last, const std::vector<float>& alpha, float* map) {
+  const auto at = [last](int j) { return j == kVectors - 1 ? last : int64_t{8} * j; };
   const int64_t channels = static_cast<int64_t>(alpha.size());
-  double total[8 * kVectors]{};
+  double total[kVectors][8]{};
   for (int64_t begin = 0; begin < channels; begin += kChunk) {
     __m256 sum[kVectors];
     for (int j = 0; j < kVectors; ++j) sum[j] = _mm256_setzero_ps();
     for (int64_t k = begin; k < std::min(channels, begin + kChunk); ++k) {
       const __m256 weight = all8(alpha[k]);
       for (int j = 0; j < kVectors; ++j) {
-        sum[j] = _mm256_add_ps(sum[j], _mm256_mul_ps(weight, load8(x + k * places + 8 * j)));
+        sum[j] = _mm256_add_ps(sum[j], _mm256_mul_ps(weight, load8(x + k * places + at(j))));
       }
     }
     alignas(32) float lane[8];
     for (int j = 0; j < kVectors; ++j) {
       _mm256_store_ps(lane, sum[j]);
-      for (int i = 0; i < 8; ++i) total[8 * j + i] += lane[i];
+      for (int i = 0; i < 8; ++i) total[j][i] += lane[i];
     }
   }
-  for (int i = 0; i < 8 * kVectors; ++i) map[i] = relu<float>(total[i]);
+  for (int j = 0; j < kVectors; ++j) {
+    for (int i = 0; i < 8; ++i) map[at(j) + i] = relu<float>(total[j][i]);
+  }
 }
 
-// At least eight positions; the last eight may be computed twice, to the same bits.
+// At least eight positions.
 template <class T>
 ZSQ_AVX2 void positions_avx2(const T* x, int64_t places, const std::vector<float>& alpha, float* map) {
   int64_t p = 0;
-  for (; p + 64 <= places; p += 64) tile_avx2<8>(x + p, places, alpha, map + p);
-  if (p + 32 <= places) tile_avx2<4>(x + p, places, alpha, map + p), p += 32;
-  if (p + 16 <= places) tile_avx2<2>(x + p, places, alpha, map + p), p += 16;
-  if (p + 8 <= places) tile_avx2<1>(x + p, places, alpha, map + p), p += 8;
-  if (p < places) tile_avx2<1>(x + places - 8, places, alpha, map + places - 8);
+  for (; p + 64 <= places; p += 64) tile_avx2<8>(x + p, places, 56, alpha, map + p);
+  const int64_t rest = places - p;
+  if (rest > 0 && rest < 8) return tile_avx2<1>(x, places, places - 8, alpha, map);
+  x += p, map += p;
+  switch ((rest + 7) / 8) {
+    case 1:
+      return tile_avx2<1>(x, places, rest - 8, alpha, map);
+    case 2:
+      return tile_avx2<2>(x, places, rest - 8, alpha, map);
+    case 3:
+      return tile_avx2<3>(x, places, rest - 8, alpha, map);
+    case 4:
+      return tile_avx2<4>(x, places, rest - 8, alpha, map);
+    case 5:
+      return tile_avx2<5>(x, places, rest - 8, alpha, map);
+    case 6:
+      return tile_avx2<6>(x, places, rest - 8, alpha, map);
+    case 7:
+      return tile_avx2<7>(x, places, rest - 8, alpha, map);
+    case 8:
+      return tile_avx2<8>(x, places, rest - 8, alpha, map);
+  }
 }
 
 // Channels last: the sum over one position's channels, four times eight of them side by side.

@@ -5,6 +5,7 @@
 #include "csrc/cpu/channel_range.h"
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/heads.h"
+#include "csrc/cpu/lp_error.h"
 #include "csrc/cpu/qdrop.h"
 #include "csrc/cpu/image.h"
 #include "csrc/cpu/simd.h"
@@ -17,6 +18,7 @@
 #include "kernels/channel_range.cuh"
 #include "kernels/fake_quant.cuh"
 #include "kernels/heads.cuh"
+#include "kernels/lp_error.cuh"
 #include "kernels/qdrop.cuh"
 #include "kernels/image.cuh"
 
@@ -51,9 +53,11 @@ PYBIND11_MODULE(_C, m) {
   zsq::def_cpu(m, "cpu_adaround", &zsq::adaround);
   zsq::def_cpu(m, "cpu_fake_quant", &zsq::fake_quant);
   zsq::def_cpu(m, "cpu_fake_quant_lsq_backward", &zsq::fake_quant_lsq_backward);
+  zsq::def_cpu(m, "cpu_fake_quant_many", &zsq::fake_quant_many);
   zsq::def_cpu(m, "cpu_fake_quant_codes", &zsq::fake_quant_codes);
   zsq::def_cpu(m, "cpu_fake_quant_minmax", &zsq::fake_quant_minmax);
   zsq::def_cpu(m, "cpu_channel_range", &zsq::channel_range);
+  zsq::def_cpu(m, "cpu_lp_error", &zsq::lp_error);
   zsq::def_cpu(m, "cpu_bn_act", &zsq::bn_act);
   zsq::def_cpu(m, "cpu_bn_act_backward", &zsq::bn_act_backward);
   zsq::def_cpu(m, "cpu_distill_head", &zsq::distill_head);
@@ -78,10 +82,14 @@ PYBIND11_MODULE(_C, m) {
   def_cuda(m, "cuda_fake_quant", &zsq::cuda_fake_quant);
   def_cuda(m, "cuda_fake_quant_lsq_backward", &zsq::cuda_fake_quant_lsq_backward);
   def_workspace(m, "cuda_fake_quant_lsq_backward_workspace", &zsq::cuda_fake_quant_lsq_workspace);
+  def_cuda(m, "cuda_fake_quant_many", &zsq::cuda_fake_quant_many);
+  def_workspace(m, "cuda_fake_quant_many_workspace", &zsq::cuda_fake_quant_many_workspace);
   def_cuda(m, "cuda_fake_quant_codes", &zsq::cuda_fake_quant_codes);
   def_cuda(m, "cuda_fake_quant_minmax", &zsq::cuda_fake_quant_minmax);
   def_cuda(m, "cuda_channel_range", &zsq::cuda_channel_range);
   def_workspace(m, "cuda_channel_range_workspace", &zsq::cuda_channel_range_workspace);
+  def_cuda(m, "cuda_lp_error", &zsq::cuda_lp_error);
+  def_workspace(m, "cuda_lp_error_workspace", &zsq::cuda_lp_error_workspace);
   def_cuda(m, "cuda_bn_act", &zsq::cuda_bn_act);
   def_workspace(m, "cuda_bn_act_workspace", &zsq::cuda_bn_act_workspace);
   def_cuda(m, "cuda_bn_act_backward", &zsq::cuda_bn_act_backward);

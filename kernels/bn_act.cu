@@ -8,11 +8,9 @@
 // Either leaves one partial sum per chunk and channel; a second kernel adds them in a fixed order. No atomics.
 #include "bn_act.cuh"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstring>
 #include <initializer_list>
+
+#include "bn_act_eight.cuh"
 
 namespace zsq {
 namespace {
@@ -20,8 +18,6 @@ namespace {
 // Registers let an SM hold 2 to 4 such blocks.
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-// Neighbours per thread: a byte of the mask; 16 bytes of a 16-bit type, and twice that of float.
-constexpr int kEight = 8;
 // A warp's piece of a row: 4 times 8 elements for each lane, so that the channel's square root and division are felt
 // little, and a map of 56 x 56 still makes 4 warps.
 constexpr int64_t kPiece = 4 * kWarp * kEight;
@@ -30,235 +26,9 @@ constexpr int64_t kRows = 32;
 // The second stage: 32 channels side by side, each of them added up by 32 threads.
 constexpr int kAdders = 32;
 
-__host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-__device__ float widen(float v) { return v; }
-__device__ float widen(__half v) { return __half2float(v); }
-__device__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-__device__ void narrow(float v, float& out) { out = v; }
-__device__ void narrow(float v, __half& out) { out = __float2half_rn(v); }
-__device__ void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
-
-// 16 bytes, the widest access a thread can issue.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T v[kSize];
-};
-
-// The first n of 8 neighbours. `packed` says that whole packs fit everywhere: rows are as long and memory is aligned.
-template <class T>
-__device__ __forceinline__ void load8(float (&out)[kEight], const T* p, int n, bool packed) {
-  constexpr int kSize = Pack<T>::kSize;
-  if (packed) {
-#pragma unroll
-    for (int k = 0; k < kEight; k += kSize) {
-      if (k >= n) return;
-      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(p + k);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) out[k + j] = widen(pack.v[j]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kEight; ++k) {
-    if (k < n) out[k] = widen(p[k]);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store8(T* p, const float (&v)[kEight], int n, bool packed) {
-  constexpr int kSize = Pack<T>::kSize;
-  if (packed) {
-#pragma unroll
-    for (int k = 0; k < kEight; k += kSize) {
-      if (k >= n) return;
-      Pack<T> pack;
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) narrow(v[k + j], pack.v[j]);
-      // Said outright: a plain store's first element gets merged with that of the loop below, and the pack torn apart.
-      uint4 words;
-      memcpy(&words, &pack, sizeof(words));
-      __stwb(reinterpret_cast<uint4*>(p + k), words);
-    }
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kEight; ++k) {
-    if (k < n) narrow(v[k], p[k]);
-  }
-}
-
-// Everything below is inlined by force: arrays passed by reference would otherwise have to live in memory.
-
-// Calls f with the activation as a constant: one branch for 8 elements, and all threads take the same.
-template <class F>
-__device__ __forceinline__ void with_act(Act act, const F& f) {
-  switch (act) {
-    case Act::none:
-      return f.template run<Act::none>();
-    case Act::relu:
-      return f.template run<Act::relu>();
-    case Act::relu6:
-      return f.template run<Act::relu6>();
-    case Act::silu:
-      return f.template run<Act::silu>();
-    case Act::hardswish:
-      return f.template run<Act::hardswish>();
-  }
-}
-
-struct Activate {
-  float (&v)[kEight];
-  uint8_t& passing;
-
-  template <Act kAct>
-  __device__ __forceinline__ void run() const {
-    uint8_t bits = 0;
-#pragma unroll
-    for (int k = 0; k < kEight; ++k) {
-      bits |= static_cast<uint8_t>(passes<kAct>(v[k]) << k);
-      v[k] = activated<kAct>(v[k]);
-    }
-    passing = bits;
-  }
-};
-
-struct Through {
-  float (&g)[kEight];
-  const float (&v)[kEight];
-
-  template <Act kAct>
-  __device__ __forceinline__ void run() const {
-#pragma unroll
-    for (int k = 0; k < kEight; ++k) g[k] = through<kAct>(g[k], v[k]);
-  }
-};
-
-// What 8 neighbours have in common, or each for itself where they lie in 8 channels.
-template <bool kLast>
-struct Channels {
-  static constexpr int kCount = kLast ? kEight : 1;
-  Norm<float> norm[kCount];
-  float slope[kCount], offset[kCount];  // what a loss on the sums sends: 2 gS2 and gS1
-  float first[kCount], second[kCount];  // sums
-
-  static __device__ int of(int k) { return kLast ? k : 0; }
-
-  // From channel c on, n of them there.
-  template <class A>
-  __device__ __forceinline__ void read(const A& a, int64_t c, int n) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      norm[k] = {0.0f, 0.0f, 0.0f};
-      slope[k] = offset[k] = first[k] = second[k] = 0.0f;
-      if (kLast && k >= n) continue;
-      const float mean = __ldg(a.mean + c + k);
-      norm[k].mean = mean;
-      if (a.var) {
-        const float gamma = a.gamma ? __ldg(a.gamma + c + k) : 1.0f, beta = a.beta ? __ldg(a.beta + c + k) : 0.0f;
-        norm[k] = zsq::norm(mean, __ldg(a.var + c + k), gamma, beta, a.eps);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void read_loss(const float* s1, const float* s2, int64_t at, int n) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      if (kLast && k >= n) continue;
-      slope[k] = mul(2.0f, __ldg(s2 + at + k));
-      offset[k] = __ldg(s1 + at + k);
-    }
-  }
-};
-
-// 8 neighbours from element i on, n of them there.
-template <class T, bool kLast>
-__device__ __forceinline__ void eight(const CudaBnActArgs& a, Channels<kLast>& c, int64_t i, int64_t byte, int n,
-                                      bool packed) {
-  using C = Channels<kLast>;
-  float u[kEight] = {};
-  load8(u, static_cast<const T*>(a.u) + i, n, packed);
-  if (a.s1) {
-#pragma unroll
-    for (int k = 0; k < kEight; ++k) {
-      if (k >= n) continue;
-      const float d = sub(u[k], c.norm[C::of(k)].mean);
-      c.first[C::of(k)] = add(c.first[C::of(k)], d);
-      c.second[C::of(k)] = add(c.second[C::of(k)], mul(d, d));
-    }
-  }
-  if (!a.y) return;
-#pragma unroll
-  for (int k = 0; k < kEight; ++k) u[k] = before_activation(u[k], c.norm[C::of(k)]);
-  if (a.residual) {
-    float r[kEight] = {};
-    load8(r, static_cast<const T*>(a.residual) + i, n, packed);
-#pragma unroll
-    for (int k = 0; k < kEight; ++k) u[k] = add(u[k], r[k]);
-  }
-  uint8_t passing = 0;
-  with_act(a.act, Activate{u, passing});
-  if (a.mask) a.mask[byte] = passing & static_cast<uint8_t>((1 << n) - 1);
-  store8(static_cast<T*>(a.y) + i, u, n, packed);
-}
-
-template <class T, bool kLast>
-__device__ __forceinline__ void eight(const CudaBnActBackwardArgs& a, Channels<kLast>& c, int64_t i, int64_t byte,
-                                      int n, bool packed) {
-  using C = Channels<kLast>;
-  float u[kEight] = {}, g[kEight] = {};
-  load8(u, static_cast<const T*>(a.u) + i, n, packed);
-  if (a.grad) {
-    load8(g, static_cast<const T*>(a.grad) + i, n, packed);
-    if (a.mask) {
-      const uint8_t passing = a.mask[byte];
-#pragma unroll
-      for (int k = 0; k < kEight; ++k) g[k] = passing >> k & 1 ? g[k] : 0.0f;
-    } else {
-      float v[kEight];
-#pragma unroll
-      for (int k = 0; k < kEight; ++k) v[k] = before_activation(u[k], c.norm[C::of(k)]);
-      if (a.residual) {
-        float r[kEight] = {};
-        load8(r, static_cast<const T*>(a.residual) + i, n, packed);
-#pragma unroll
-        for (int k = 0; k < kEight; ++k) v[k] = add(v[k], r[k]);
-      }
-      with_act(a.act, Through{g, v});
-    }
-    if (a.dr) store8(static_cast<T*>(a.dr) + i, g, n, packed);
-  }
-#pragma unroll
-  for (int k = 0; k < kEight; ++k) {
-    const int at = C::of(k);
-    const float d = sub(u[k], c.norm[at].mean);
-    if (a.dgamma && k < n) {
-      c.first[at] = add(c.first[at], g[k]);
-      c.second[at] = add(c.second[at], mul(g[k], d));
-    }
-    if (!a.grad_s1) {
-      u[k] = mul(c.norm[at].a, g[k]);
-    } else {
-      const float q = of_sums(d, c.slope[at], c.offset[at]);
-      u[k] = a.grad ? add(mul(c.norm[at].a, g[k]), q) : q;
-    }
-  }
-  if (a.du) store8(static_cast<T*>(a.du) + i, u, n, packed);
-}
-
-__device__ __forceinline__ void read_loss(const CudaBnActArgs&, Channels<true>&, int64_t, int) {}
-__device__ __forceinline__ void read_loss(const CudaBnActArgs&, Channels<false>&, int64_t, int) {}
-
-template <bool kLast>
-__device__ __forceinline__ void read_loss(const CudaBnActBackwardArgs& a, Channels<kLast>& c, int64_t at, int n) {
-  if (a.grad_s1) c.read_loss(a.grad_s1, a.grad_s2, at, n);
-}
-
 // A warp takes a piece of a row: places of one channel of one sample.
-template <class T, class A>
-__global__ void __launch_bounds__(kThreads) bn_act_rows_kernel(A a, bool packed, int64_t pieces) {
+template <class T, class A, bool kQuant>
+__global__ void __launch_bounds__(kThreads, kQuant ? 1 : 3) bn_act_rows_kernel(A a, bool packed, int64_t pieces) {
   const BnActShape& s = a.shape;
   const int lane = threadIdx.x % kWarp;
   const int64_t task = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
@@ -271,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) bn_act_rows_kernel(A a, bool packed,
   const int64_t bytes = ceil_div(s.places, kEight), end = min(s.places, (piece + 1) * kPiece);
   for (int64_t at = piece * kPiece + lane * kEight; at < end; at += kWarp * kEight) {
     const int n = static_cast<int>(min(end - at, int64_t{kEight}));
-    eight<T, false>(a, c, row * s.places + at, row * bytes + at / kEight, n, packed);
+    eight<T, false, kQuant>(a, c, channel, row * s.places + at, row * bytes + at / kEight, n, packed);
   }
   if (!a.workspace) return;
 #pragma unroll
@@ -287,9 +57,10 @@ __global__ void __launch_bounds__(kThreads) bn_act_rows_kernel(A a, bool packed,
 }
 
 // A thread takes 8 channels of a chunk of rows; a row is all channels of one place. Two blocks a multiprocessor are
-// what its registers allow: asked for more, the compiler spills.
-template <class T, class A>
-__global__ void __launch_bounds__(kThreads, 2) bn_act_columns_kernel(A a, bool packed, int64_t groups, int64_t count) {
+// what its registers allow: asked for more, the compiler spills. With a quantizer, whose divisions are long, it is one.
+template <class T, class A, bool kQuant>
+__global__ void __launch_bounds__(kThreads, kQuant ? 1 : 2)
+    bn_act_columns_kernel(A a, bool packed, int64_t groups, int64_t count) {
   const BnActShape& s = a.shape;
   const int64_t octets = ceil_div(s.channels, kEight), chunks = ceil_div(count, kRows);
   const int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -303,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 2) bn_act_columns_kernel(A a, bool p
   read_loss(a, c, group * s.channels + channel, n);
   const int64_t end = min(begin + kRows, count);
   for (int64_t r = group * count + begin; r < group * count + end; ++r) {
-    eight<T, true>(a, c, r * s.channels + channel, r * octets + octet, n, packed);
+    eight<T, true, kQuant>(a, c, channel, r * s.channels + channel, r * octets + octet, n, packed);
   }
   if (!a.workspace) return;
   float* first = a.workspace + chunk * s.channels + channel;
@@ -368,20 +139,29 @@ bool all_aligned(std::initializer_list<const void*> pointers) {
   return bits % 16 == 0;
 }
 
-template <class T, class A>
+// Whether a pass meets the quantizer: the backward only where it clips and left no mask.
+bool quantizes(const CudaBnActArgs& a) { return a.quant.scale; }
+bool quantizes(const CudaBnActBackwardArgs& a) { return a.quant.scale && a.quant.clip && !a.mask; }
+
+template <class T, bool kQuant, class A>
 void launch(const A& a, bool aligned, cudaStream_t stream) {
   const BnActShape& s = a.shape;
   if (s.samples * s.channels * s.places == 0) return;
   const bool packed = aligned && (s.last ? s.channels : s.places) % Pack<T>::kSize == 0;
   if (s.last) {
     const int64_t tasks = chunks_of(s) * ceil_div(s.channels, kEight);
-    bn_act_columns_kernel<T><<<static_cast<unsigned>(ceil_div(tasks, kThreads)), kThreads, 0, stream>>>(
+    bn_act_columns_kernel<T, A, kQuant><<<static_cast<unsigned>(ceil_div(tasks, kThreads)), kThreads, 0, stream>>>(
         a, packed, groups_of(s), count_of(s));
   } else {
     const int64_t pieces = ceil_div(s.places, kPiece), warps = s.samples * s.channels * pieces;
-    bn_act_rows_kernel<T>
+    bn_act_rows_kernel<T, A, kQuant>
         <<<static_cast<unsigned>(ceil_div(warps, kThreads / kWarp)), kThreads, 0, stream>>>(a, packed, pieces);
   }
+}
+
+template <class T, class A>
+void launch(const A& a, bool aligned, cudaStream_t stream) {
+  quantizes(a) ? launch<T, true>(a, aligned, stream) : launch<T, false>(a, aligned, stream);
 }
 
 template <class A>
@@ -413,14 +193,15 @@ int64_t cuda_bn_act_backward_workspace(const CudaBnActBackwardArgs& a) {
 cudaError_t cuda_bn_act(const CudaBnActArgs& a, cudaStream_t stream) {
   const cudaError_t error = with_dtype(a, all_aligned({a.u, a.residual, a.y}), stream);
   if (error != cudaSuccess || !a.s1) return error;
-  add_up(a.shape, groups_of(a.shape), a.workspace, a.s1, a.s2, nullptr, a.eps, stream);
+  add_up(a.shape, groups_of(a.shape), a.workspace, a.s1, a.s2, nullptr, 0.0f, stream);
   return cudaGetLastError();
 }
 
 cudaError_t cuda_bn_act_backward(const CudaBnActBackwardArgs& a, cudaStream_t stream) {
   const cudaError_t error = with_dtype(a, all_aligned({a.u, a.grad, a.residual, a.du, a.dr}), stream);
   if (error != cudaSuccess || !a.dgamma) return error;
-  add_up(a.shape, 1, a.workspace, a.dbeta, a.dgamma, a.var, a.eps, stream);
+  add_up(a.shape, 1, a.workspace, a.dbeta, a.dgamma, static_cast<const float*>(a.norm.var),
+         static_cast<float>(a.norm.eps), stream);
   return cudaGetLastError();
 }
 

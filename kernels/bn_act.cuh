@@ -10,19 +10,16 @@
 
 namespace zsq {
 
-// Null means absent.
+// Null means absent. What the norm and the quantizer point to is float.
 struct CudaBnActArgs {
   const void* u;         // [n] in its dtype, as residual and y
   const void* residual;  // [n]
   void* y;               // [n]; without it only the sums are taken
-  uint8_t* mask;         // one bit per element where relu or relu6 passes a gradient; every row starts a byte
-  const float* mean;     // [channels], as var, gamma and beta
-  const float* var;
-  const float* gamma;
-  const float* beta;
-  float* s1;  // [groups][channels], groups = samples where per_sample, else 1; as s2; both or neither
+  uint8_t* mask;         // one bit per element where a gradient passes; every row starts a byte
+  float* s1;             // [groups][channels], groups = samples where per_sample, else 1; as s2; both or neither
   float* s2;
-  float eps;
+  BnActNorm norm;
+  BnActQuant quant;
   BnActShape shape;
   Act act;
   DType dtype;
@@ -33,21 +30,18 @@ int64_t cuda_bn_act_workspace(const CudaBnActArgs& args);
 cudaError_t cuda_bn_act(const CudaBnActArgs& args, cudaStream_t stream);
 
 struct CudaBnActBackwardArgs {
-  const void* u;         // [n] in its dtype, as grad, residual, du and dr
-  const void* grad;      // [n], of y
-  const void* residual;  // [n], where the activation is smooth
+  const void* u;         // [n] in its dtype, as residual, grad, du and dr
+  const void* residual;  // [n], where there is no mask to say what passes
   const uint8_t* mask;   // as the forward left it
-  const float* mean;     // [channels], as var, gamma and beta
-  const float* var;
-  const float* gamma;
-  const float* beta;
+  const void* grad;      // [n], of y
   const float* grad_s1;  // [groups][channels], as grad_s2; both or neither
   const float* grad_s2;
   void* du;       // [n]
   void* dr;       // [n]
   float* dgamma;  // [channels], as dbeta; both or neither
   float* dbeta;
-  float eps;
+  BnActNorm norm;
+  BnActQuant quant;
   BnActShape shape;
   Act act;
   DType dtype;

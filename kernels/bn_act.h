@@ -15,6 +15,26 @@ struct BnActShape {
   bool last, per_sample;
 };
 
+ZSQ_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A batch norm's own numbers, [channels] each in the type that computes: float, or double where u is double.
+struct BnActNorm {
+  const void* mean;
+  const void* var;  // null where only the sums are taken; gamma and beta null for 1 and 0
+  const void* gamma;
+  const void* beta;
+  double eps;
+};
+
+// The quantizer behind the activation, its scale in the type that computes; scale is null where there is none.
+struct BnActQuant {
+  const void* scale;
+  const int32_t* zero_point;
+  int64_t stride;  // from one channel's grid to the next: 0 where all share one
+  int64_t qmin, qmax;
+  bool clip;  // the gradient passes inside the range alone, else everywhere
+};
+
 // The codes that zsq_ext passes. zsq_ext/ops/layout.py holds the same table.
 enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4 };
 
@@ -70,10 +90,10 @@ ZSQ_HD T activated(T v) {
   }
 }
 
-// Where relu and relu6 pass a gradient: strictly inside, and where v is NaN.
+// Where relu and relu6 pass a gradient: strictly inside, and where v is NaN. Without an activation everywhere.
 template <Act kAct, class T>
 ZSQ_HD bool passes(T v) {
-  return !(v <= T(0)) && !(kAct == Act::relu6 && v >= T(6));
+  return kAct == Act::none || (!(v <= T(0)) && !(kAct == Act::relu6 && v >= T(6)));
 }
 
 // The gradient before the activation, from the one behind it.

@@ -8,7 +8,7 @@ partial sum per tile and channel, and are added up by the caller.
 import triton
 import triton.language as tl
 
-from .arith import clamp
+from .arith import clamp, round_half_even
 
 # 2048 elements are 16 per thread at 4 warps. The interpreter pays per program, not per element; there the rows that are
 # summed stay few, because numpy adds them one after the other.
@@ -70,6 +70,14 @@ def _norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, valid, HAS_GAMMA: tl.c
 
 
 @triton.jit
+def _steps(y, scale_ptr, zero_point_ptr, stride, c, valid):
+    """y / scale, the zero-point and the scale. y has been rounded to what is stored; grids are `stride` apart."""
+    scale = tl.load(scale_ptr + c * stride, mask=valid, other=1.0)
+    zero_point = tl.load(zero_point_ptr + c * stride, mask=valid, other=0).to(tl.float32)
+    return tl.div_rn(y, tl.broadcast_to(scale, y.shape)), zero_point, scale
+
+
+@triton.jit
 def _activated(v, ACT: tl.constexpr):
     if ACT == "relu":
         v = tl.where(v < 0.0, 0.0, v)
@@ -85,7 +93,7 @@ def _activated(v, ACT: tl.constexpr):
 @triton.jit
 def _passes(v, ACT: tl.constexpr):
     # Strictly inside, and where v is NaN: "not outside" says both.
-    outside = v <= 0.0
+    outside = (v <= 0.0) & (ACT != "none")
     if ACT == "relu6":
         outside = outside | (v >= 6.0)
     return outside == 0
@@ -119,13 +127,18 @@ def _forward_kernel(
     residual_ptr,
     y_ptr,
     mask_ptr,  # one bit per element; every row starts a byte
+    partials_ptr,  # [2][all chunks][channels] float32
     mean_ptr,  # [channels] float32, as var, gamma and beta
     var_ptr,
     gamma_ptr,
     beta_ptr,
-    partials_ptr,  # [2][all chunks][channels] float32
-    size,  # all chunks * channels
+    scale_ptr,  # [channels] or [1] float32
+    zero_point_ptr,  # as scale, int32
     eps,
+    stride,  # of scale and zero_point, from channel to channel
+    qmin,
+    qmax,
+    size,  # all chunks * channels
     samples,
     channels,
     places,
@@ -135,11 +148,13 @@ def _forward_kernel(
     ACT: tl.constexpr,
     LAST: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
-    HAS_Y: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_BETA: tl.constexpr,
+    HAS_QUANT: tl.constexpr,
+    CLIP: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     R: tl.constexpr,
     L: tl.constexpr,
@@ -155,14 +170,22 @@ def _forward_kernel(
         v = a * u + b
         if HAS_RESIDUAL:
             v = v + tl.load(residual_ptr + i, mask=valid, other=0.0).to(tl.float32)
+        y = _activated(v, ACT)
+        keep = _passes(v, ACT) & valid
+        if HAS_QUANT:
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+            ratio, zero_point, scale = _steps(y, scale_ptr, zero_point_ptr, stride, c, known)
+            if CLIP:
+                keep = keep & (ratio + zero_point >= qmin) & (ratio + zero_point <= qmax)
+            y = (clamp(round_half_even(ratio) + zero_point, qmin, qmax) - zero_point) * scale
         if HAS_MASK:
-            keep = tl.reshape((_passes(v, ACT) & valid).to(tl.int32), (R, L // 8, 8))
-            byte = tl.sum(keep << tl.arange(0, 8)[None, None, :], 2)
+            bits = tl.reshape(keep.to(tl.int32), (R, L // 8, 8))
+            byte = tl.sum(bits << tl.arange(0, 8)[None, None, :], 2)
             bytes_ = _bytes(length)
             at = tl.program_id(0).to(tl.int64) % columns * (L // 8) + tl.arange(0, L // 8)[None, :]
             there = (tl.max(valid.to(tl.int32), 1, keep_dims=True) != 0) & (at < bytes_)
             tl.store(mask_ptr + row * bytes_ + at, byte.to(tl.uint8), mask=there)
-        tl.store(y_ptr + i, _activated(v, ACT).to(y_ptr.dtype.element_ty), mask=valid)
+        tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=valid)
     if HAS_SUMS:
         d = u - tl.load(mean_ptr + c, mask=known, other=0.0)
         _store_sums(d, d * d, partials_ptr, size, chunk, channels, c, valid, LAST)
@@ -170,21 +193,26 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    u_ptr,  # [n], as grad, residual, du and dr
-    grad_ptr,
+    u_ptr,  # [n], as residual, grad, du and dr
     residual_ptr,
     mask_ptr,  # as the forward left it
-    mean_ptr,  # [channels] float32, as var, gamma and beta
-    var_ptr,
-    gamma_ptr,
-    beta_ptr,
+    grad_ptr,
     grad_s1_ptr,  # [groups, channels] float32, as grad_s2
     grad_s2_ptr,
     du_ptr,
     dr_ptr,
     partials_ptr,  # [2][all chunks][channels] float32
-    size,  # all chunks * channels
+    mean_ptr,  # [channels] float32, as var, gamma and beta
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    scale_ptr,  # [channels] or [1] float32
+    zero_point_ptr,  # as scale, int32
     eps,
+    stride,  # of scale and zero_point, from channel to channel
+    qmin,
+    qmax,
+    size,  # all chunks * channels
     samples,
     channels,
     places,
@@ -194,11 +222,13 @@ def _backward_kernel(
     ACT: tl.constexpr,
     LAST: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_BETA: tl.constexpr,
+    HAS_QUANT: tl.constexpr,
+    CLIP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
     HAS_STATS: tl.constexpr,
     NEED_U: tl.constexpr,
     NEED_RESIDUAL: tl.constexpr,
@@ -224,6 +254,10 @@ def _backward_kernel(
             v = a * u + b
             if HAS_RESIDUAL:
                 v = v + tl.load(residual_ptr + i, mask=valid, other=0.0).to(tl.float32)
+            if HAS_QUANT and CLIP:
+                y = _activated(v, ACT).to(u_ptr.dtype.element_ty).to(tl.float32)
+                ratio, zero_point, _ = _steps(y, scale_ptr, zero_point_ptr, stride, c, known)
+                g = tl.where((ratio + zero_point >= qmin) & (ratio + zero_point <= qmax), g, 0.0)
             g = _through(g, v, ACT)
         if NEED_RESIDUAL:
             tl.store(dr_ptr + i, g.to(dr_ptr.dtype.element_ty), mask=valid)
@@ -262,65 +296,51 @@ class Cut:
             self.all_chunks = samples * self.columns
             self.grid = (triton.cdiv(samples * channels, self.R) * self.columns,)
 
-    def empty(self):
-        return 0 in self.grid
-
-    def rest(self):
+    def launch(self, kernel, layer, tensors, **constants):
+        """Runs a kernel on its own tensors, the layer's and the sizes, in this order. Nothing without elements."""
+        if 0 in self.grid:
+            return
+        norm, act, quant = layer
+        scale, zero_point, qmin, qmax, clip = (None, None, 0, 0, False) if quant is None else quant
+        pointers = *tensors, *norm[:4], scale, zero_point
+        stride = 0 if scale is None or scale.numel() == 1 else 1
         samples, channels, places = self.seen
-        return self.all_chunks * channels, samples, channels, places, self.count, self.chunks, self.columns
+        kernel[self.grid](
+            *(tensors[0] if t is None else t for t in pointers),
+            *(float(norm.eps), stride, float(qmin), float(qmax)),
+            *(self.all_chunks * channels, samples, channels, places, self.count, self.chunks, self.columns),
+            ACT=act,
+            LAST=self.last,
+            PER_SAMPLE=self.per_sample,
+            HAS_RESIDUAL=tensors[1] is not None,
+            HAS_GAMMA=norm.gamma is not None,
+            HAS_BETA=norm.beta is not None,
+            HAS_QUANT=quant is not None,
+            CLIP=clip,
+            R=self.R,
+            L=self.L,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,
+            **constants,
+        )
 
 
-def forward(cut, u, residual, y, mask, mean, var, gamma, beta, partials, eps, act):
-    """Fills y, mask and the partial sums, those of them that are not None. Launches nothing without elements."""
-    if cut.empty():
-        return
-    size, *seen = cut.rest()
-    _forward_kernel[cut.grid](
-        *(u if t is None else t for t in (u, residual, y, mask, mean, var, gamma, beta, partials)),
-        size,
-        float(eps),
-        *seen,
-        ACT=act,
-        LAST=cut.last,
-        PER_SAMPLE=cut.per_sample,
-        HAS_Y=y is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_MASK=mask is not None,
-        HAS_GAMMA=gamma is not None,
-        HAS_BETA=beta is not None,
-        HAS_SUMS=partials is not None,
-        R=cut.R,
-        L=cut.L,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
-    )
+def forward(cut, u, residual, layer, y, mask, partials):
+    """Fills y, mask and the partial sums, those of them that are not None."""
+    there = {"HAS_Y": y is not None, "HAS_MASK": mask is not None, "HAS_SUMS": partials is not None}
+    cut.launch(_forward_kernel, layer, (u, residual, y, mask, partials), **there)
 
 
-def backward(cut, u, grad, residual, mask, mean, var, gamma, beta, grad_s1, grad_s2, du, dr, partials, eps, act):
+def backward(cut, u, residual, mask, grads, layer, du, dr, partials):
     """Fills du, dr and the partial sums of g and g * (u - mean), those of them that are not None."""
-    if cut.empty():
-        return
-    size, *seen = cut.rest()
-    pointers = u, grad, residual, mask, mean, var, gamma, beta, grad_s1, grad_s2, du, dr, partials
-    _backward_kernel[cut.grid](
-        *(u if t is None else t for t in pointers),
-        size,
-        float(eps),
-        *seen,
-        ACT=act,
-        LAST=cut.last,
-        PER_SAMPLE=cut.per_sample,
-        HAS_GRAD=grad is not None,
-        HAS_RESIDUAL=residual is not None,
+    cut.launch(
+        _backward_kernel,
+        layer,
+        (u, residual, mask, *grads, du, dr, partials),
         HAS_MASK=mask is not None,
-        HAS_GAMMA=gamma is not None,
-        HAS_BETA=beta is not None,
-        HAS_STATS=grad_s1 is not None,
+        HAS_GRAD=grads.y is not None,
+        HAS_STATS=grads.s1 is not None,
         NEED_U=du is not None,
         NEED_RESIDUAL=dr is not None,
         NEED_AFFINE=partials is not None,
-        R=cut.R,
-        L=cut.L,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
     )

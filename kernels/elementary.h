@@ -44,12 +44,8 @@ ZSQ_HD float exp_of(float t) {
   return mul(p, as_float((as_bits(shifted) << 23) + 0x3f800000u));
 }
 
-// ln(a) for normal a > 0, within 2 units in the last place; ln(1) is 0. Any other a gives some finite number.
-ZSQ_HD float log_of(float a) {
-  // a = 2^e * m with m between the roots of 1/2 and 2
-  const uint32_t offset = as_bits(a) - 0x3f3504f3u;
-  const float e = static_cast<float>(static_cast<int32_t>(offset) >> 23);
-  const float f = sub(as_float((offset & 0x007fffffu) + 0x3f3504f3u), 1.0f), z = mul(f, f);
+// What ln(1 + f) is beside f - f^2 / 2, for 1 + f between the roots of 1/2 and 2.
+ZSQ_HD float log_correction(float f) {
   float p = 7.0376836292e-2f;
   p = add(mul(p, f), -1.1514610310e-1f);
   p = add(mul(p, f), 1.1676998740e-1f);
@@ -59,7 +55,16 @@ ZSQ_HD float log_of(float a) {
   p = add(mul(p, f), 2.0000714765e-1f);
   p = add(mul(p, f), -2.4999993993e-1f);
   p = add(mul(p, f), 3.3333331174e-1f);
-  p = add(mul(mul(p, f), z), mul(e, -2.12194440e-4f));
+  return mul(mul(p, f), mul(f, f));
+}
+
+// ln(a) for normal a > 0, within 2 units in the last place; ln(1) is 0. Any other a gives some finite number.
+ZSQ_HD float log_of(float a) {
+  // a = 2^e * m with m between the roots of 1/2 and 2
+  const uint32_t offset = as_bits(a) - 0x3f3504f3u;
+  const float e = static_cast<float>(static_cast<int32_t>(offset) >> 23);
+  const float f = sub(as_float((offset & 0x007fffffu) + 0x3f3504f3u), 1.0f), z = mul(f, f);
+  float p = add(log_correction(f), mul(e, -2.12194440e-4f));
   p = sub(p, mul(z, 0.5f));
   return add(add(f, p), mul(e, 0.693359375f));
 }

@@ -21,12 +21,8 @@ def exp_of(t):
 
 
 @triton.jit
-def log_of(a):
-    offset = a.to(tl.int32, bitcast=True) - 0x3F3504F3
-    e = (offset >> 23).to(tl.float32)
-    f = ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    z = f * f
-    p = tl.full(a.shape, 7.0376836292e-2, tl.float32)
+def log_correction(f):
+    p = tl.full(f.shape, 7.0376836292e-2, tl.float32)
     p = p * f + -1.1514610310e-1
     p = p * f + 1.1676998740e-1
     p = p * f + -1.2420140846e-1
@@ -35,7 +31,16 @@ def log_of(a):
     p = p * f + 2.0000714765e-1
     p = p * f + -2.4999993993e-1
     p = p * f + 3.3333331174e-1
-    p = (p * f) * z + e * -2.12194440e-4
+    return (p * f) * (f * f)
+
+
+@triton.jit
+def log_of(a):
+    offset = a.to(tl.int32, bitcast=True) - 0x3F3504F3
+    e = (offset >> 23).to(tl.float32)
+    f = ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    z = f * f
+    p = log_correction(f) + e * -2.12194440e-4
     p = p - z * 0.5
     return (f + p) + e * 0.693359375
 

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "dtype.h"
 #include "fake_quant_minmax.h"
@@ -15,7 +16,7 @@ namespace zsq {
 struct CudaFakeQuantArgs {
   const void* grad;        // [n] in x's dtype; null in the forward
   const void* x;           // [n]
-  void* out;               // [n]
+  void* out;               // [n]; null where a gradient is not wanted
   const float* scale;      // [channels]
   const void* zero_point;  // [channels] int32, or float and rounded here
   bool learned;            // zero_point is float
@@ -38,6 +39,25 @@ struct CudaFakeQuantLsqArgs {
 // then writes nothing.
 cudaError_t cuda_fake_quant_lsq_backward(const CudaFakeQuantLsqArgs& args, cudaStream_t stream);
 int64_t cuda_fake_quant_lsq_workspace(const CudaFakeQuantLsqArgs& args);
+
+// A tensor of several.
+struct CudaFakeQuantTensor {
+  CudaFakeQuantArgs fq;
+  float* dscale;  // [channels], as dzero_point; both null where they are not wanted
+  float* dzero_point;
+};
+
+struct CudaFakeQuantManyArgs {
+  std::vector<CudaFakeQuantTensor> tensors;
+  bool backward;
+  DType dtype;      // of all
+  void* workspace;  // as many bytes as _workspace says
+};
+
+// The forward of every tensor, or LSQ's gradient of every tensor, with the bits of one after the other. One launch for
+// as many tensors as a kernel's parameters hold, and in the backward one more where channels are long.
+cudaError_t cuda_fake_quant_many(const CudaFakeQuantManyArgs& args, cudaStream_t stream);
+int64_t cuda_fake_quant_many_workspace(const CudaFakeQuantManyArgs& args);
 
 struct CudaCodesArgs {
   CudaFakeQuantArgs fq;  // x holds values and out codes, or `back` the other way round; dtype is that of the values

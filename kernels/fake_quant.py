@@ -13,9 +13,9 @@ _BLOCK = 1024
 _WARPS = 4
 
 # LSQ, per part: blocks summed in float32 by a tree and added up in float64. More of them where there would be more
-# than _PARTS parts, which is what the second stage takes at once.
+# than PARTS parts, which is what the second stage takes at once.
 _STEPS = 8
-_PARTS = 1024
+PARTS = 1024
 
 
 @triton.jit
@@ -99,19 +99,20 @@ def cut_of(n, channels, inner):
     cols = min(32, triton.next_power_of_2(channels)) if inner == 1 else 1  # channels last: neighbours side by side
     rows = _BLOCK // cols
     blocks = triton.cdiv(n // channels, rows)
-    steps = max(_STEPS, triton.cdiv(blocks, _PARTS))
+    steps = min(blocks, max(_STEPS, triton.cdiv(blocks, PARTS)))
     return Cut(rows, cols, steps, triton.cdiv(blocks, steps))
 
 
 @triton.jit
-def _lsq_kernel(
-    grad_ptr,  # [n] in x's dtype
-    x_ptr,  # [n]
-    dx_ptr,  # [n]
+def lsq_part(
+    grad_ptr,
+    x_ptr,
+    dx_ptr,
     step_ptr,  # [channels, parts] float64: what goes into dscale
     clip_ptr,  # [channels, parts] float64: what goes into dzero_point / scale
-    scale_ptr,  # [channels] float32
-    zero_point_ptr,  # [channels] int32, or float32 where LEARNED
+    scale_ptr,
+    zero_point_ptr,
+    unit,  # which tile of channels, and which part of them, int64
     m,  # elements of a channel
     channels,
     inner,
@@ -119,12 +120,14 @@ def _lsq_kernel(
     qmax,
     steps,
     parts,
+    written,  # elements of a channel for which dx is wanted: m, or 0
     LEARNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64) // parts
-    part = tl.program_id(0).to(tl.int64) % parts
+    """What one program does for LSQ's gradient of a tensor, alone or among many."""
+    tile = unit // parts
+    part = unit % parts
     c = tile * COLS + tl.arange(0, COLS)
     real = c < channels
     scale = tl.load(scale_ptr + c, mask=real, other=1.0)
@@ -145,7 +148,7 @@ def _lsq_kernel(
         ratio = tl.div_rn(x, scale)
         code = ratio + zero_point
         inside = (code >= qmin) & (code <= qmax)
-        tl.store(dx_ptr + i, tl.where(inside, raw, 0.0).to(dx_ptr.dtype.element_ty), mask=valid)
+        tl.store(dx_ptr + i, tl.where(inside, raw, 0.0).to(dx_ptr.dtype.element_ty), mask=valid & (j < written))
         code = clamp(round_half_even(ratio) + zero_point, qmin, qmax)
         term = grad * (code - zero_point - tl.where(inside, ratio, 0.0))
         clipped = tl.where(inside, 0.0, tl.where(code == code, -grad, code))
@@ -156,6 +159,68 @@ def _lsq_kernel(
 
 
 @triton.jit
+def lsq_finish(
+    dscale_ptr,  # one float32, as dzero_point
+    dzero_point_ptr,
+    step_ptr,  # [parts] float64
+    clip_ptr,  # [parts] float64
+    scale_ptr,  # one float32
+    parts,
+    PARTS: tl.constexpr,  # the same for every tensor, so that its parts are always added alike
+):
+    """The second stage for one channel."""
+    part = tl.arange(0, PARTS)
+    step = tl.sum(tl.load(step_ptr + part, mask=part < parts, other=0.0), axis=0)
+    clip = tl.sum(tl.load(clip_ptr + part, mask=part < parts, other=0.0), axis=0)
+    scale = tl.load(scale_ptr).to(tl.float64)
+    tl.store(dscale_ptr, step.to(tl.float32))
+    tl.store(dzero_point_ptr, (scale * clip).to(tl.float32))
+
+
+@triton.jit
+def _lsq_kernel(
+    grad_ptr,  # [n] in x's dtype
+    x_ptr,  # [n]
+    dx_ptr,  # [n]
+    step_ptr,  # [channels, parts] float64, as clip
+    clip_ptr,
+    scale_ptr,  # [channels] float32
+    zero_point_ptr,  # [channels] int32, or float32 where LEARNED
+    m,
+    channels,
+    inner,
+    qmin,
+    qmax,
+    steps,
+    parts,
+    LEARNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    lsq_part(
+        grad_ptr,
+        x_ptr,
+        dx_ptr,
+        step_ptr,
+        clip_ptr,
+        scale_ptr,
+        zero_point_ptr,
+        tl.program_id(0).to(tl.int64),
+        m,
+        channels,
+        inner,
+        qmin,
+        qmax,
+        steps,
+        parts,
+        m,
+        LEARNED,
+        ROWS,
+        COLS,
+    )
+
+
+@triton.jit
 def _lsq_finish_kernel(
     dscale_ptr,  # [channels] float32
     dzero_point_ptr,  # [channels] float32
@@ -163,15 +228,11 @@ def _lsq_finish_kernel(
     clip_ptr,  # [channels, parts] float64
     scale_ptr,  # [channels] float32
     parts,
-    PARTS: tl.constexpr,  # a power of two, at least parts
+    PARTS: tl.constexpr,
 ):
     c = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, PARTS)
-    step = tl.sum(tl.load(step_ptr + c * parts + part, mask=part < parts, other=0.0), axis=0)
-    clip = tl.sum(tl.load(clip_ptr + c * parts + part, mask=part < parts, other=0.0), axis=0)
-    scale = tl.load(scale_ptr + c).to(tl.float64)
-    tl.store(dscale_ptr + c, step.to(tl.float32))
-    tl.store(dzero_point_ptr + c, (scale * clip).to(tl.float32))
+    at = c * parts
+    lsq_finish(dscale_ptr + c, dzero_point_ptr + c, step_ptr + at, clip_ptr + at, scale_ptr + c, parts, PARTS)
 
 
 def fake_quant_lsq_backward(
@@ -206,7 +267,7 @@ def fake_quant_lsq_backward(
         clip,
         scale,
         cut.parts,
-        PARTS=triton.next_power_of_2(cut.parts),
+        PARTS=PARTS,
         num_warps=_WARPS,
         enable_fp_fusion=False,
     )

@@ -5,6 +5,7 @@
 #include "channel_range.h"
 #include "fake_quant.cuh"
 #include "pack.cuh"
+#include "table.cuh"
 
 namespace zsq {
 namespace {
@@ -13,8 +14,7 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 // Channels from here on keep a block busy: a pack of floats for each thread. Shorter ones are taken by a warp.
 constexpr int64_t kLong = 1024;
-// The table goes by value, so that no copy has to be waited for and a CUDA graph holds it. A kernel's parameters end at
-// 4 KiB; all weights of a ResNet-50 are 54.
+// A kernel's parameters end at 4 KiB; all weights of a ResNet-50 are 54.
 constexpr int kBatch = 60;
 
 struct Record {
@@ -82,17 +82,7 @@ __device__ void quantize_channel(const Batch& b, const Record& r, int64_t channe
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) fake_quant_minmax_kernel(const __grid_constant__ Batch b) {
-  // The last record that begins at this block or before.
-  int low = 0, high = b.count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (b.records[middle].block <= blockIdx.x) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  const Record& r = b.records[low];
+  const Record& r = record_at(b.records, b.count, blockIdx.x);
   const int64_t unit = blockIdx.x - r.block;
   if (r.t.length >= kLong) {
     quantize_channel<T, kThreads>(b, r, unit);

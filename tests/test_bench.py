@@ -2,6 +2,8 @@
 
 import functools
 import math
+import sys
+import types
 from xml.etree import ElementTree
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from zsq_ext import bench
-from zsq_ext.bench import compare, families, image, roofline, steps, timing
+from zsq_ext.bench import compare, fake_quant, families, image, roofline, steps, timing
 from zsq_ext.core.progress import QUIET
 from zsq_ext.ops.backend import choice
 from zsq_ext.ops.cases import adaround as cases_adaround
@@ -30,7 +32,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(
         timing, "compare", lambda contenders, inputs, device, seconds=0.0: compare(contenders, inputs, device, SECONDS)
     )
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device, call_bytes=None: 1e9)
     monkeypatch.setattr(timing, "matmul_rate", lambda device: 1e9)
 
 
@@ -51,6 +53,7 @@ class Tiny(nn.Module):
 def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatch):
     case = next(case for case in cases.FAKE_QUANT_BENCH if case.dtype == torch.float32)
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
+    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH_LAYERS", [])
     rows = [row for row in families.rows(QUIET, only="fake_quant") if row["backend"] == "cpu"]
     both = "forward+backward"
     assert [(row["op"], row["pass"]) for row in rows] == [
@@ -64,8 +67,33 @@ def test_every_contender_of_a_family_is_timed_beside_its_peers(quick, monkeypatc
         assert row["bytes"] == factor * x.nbytes
         assert row["floor_ms"] == pytest.approx(row["bytes"] / 1e9 * 1e3)
         assert row["pct_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["ms"])
-        assert set(row["peers"]) == {"eager", "aten"} | ({"clone"} if row["op"] == "fake_quant" else set())
+        assert set(row["peers"]) - {"torchao"} == {"eager", "aten"} | (
+            {"clone"} if row["op"] == "fake_quant" else set()
+        )
         assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
+
+
+def test_torchao_is_a_peer_where_it_is_installed(monkeypatch):
+    seen = []
+
+    def stand_in(x, block, scale, zero_point, dtype, qmin, qmax):
+        seen.append((block, dtype, qmin, qmax))
+        return x.clone()
+
+    module = types.ModuleType("torchao.quantization.quant_primitives")
+    module._fake_quantize_affine = stand_in
+    for name in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    fake_quant._torchao.cache_clear()
+    try:
+        peers = fake_quant._peers(cases.FAKE_QUANT_BENCH[0], lsq=False)
+    finally:
+        fake_quant._torchao.cache_clear()
+    x, one, many = torch.randn(2, 3, 4), torch.ones(1), torch.ones(3)
+    peers["torchao"](x, one, one.int(), -8, 7, None)
+    peers["torchao"](x, many, many.int(), 0, 255, 1)
+    assert seen == [((2, 3, 4), torch.int8, -8, 7), ((2, 1, 4), torch.uint8, 0, 255)]
 
 
 def test_codes_and_ranges_are_timed(quick, monkeypatch):
@@ -167,24 +195,31 @@ def test_contenders_take_turns_on_inputs_that_no_other_has_just_read():
     contenders = {name: functools.partial(lambda name, i: seen.append((name, i)), name) for name in "ab"}
     times = timing.compare(contenders, [(0,), (1,), (2,)], "cpu", seconds=0.0)
     assert set(times) == {"a", "b"}
+    assert seen[:2] == [("a", 0), ("b", 0)]  # to warm up
+    seen = seen[2:]
     assert [i for _, i in seen] == [k % 3 for k in range(len(seen))]
-    turns = [{name for name, _ in seen[k : k + 4]} for k in range(0, len(seen), 4)]
-    # one turn to warm up, then three rounds, each begun by another
-    assert turns == [{name} for name in "ababbaab"]
+    calls = 1 + timing._CALLS
+    turns = [{name for name, _ in seen[k : k + calls]} for k in range(0, len(seen), calls)]
+    assert turns[:2] == [{"a"}, {"b"}]
+    assert sorted(map(str, turns[2:])) == ["{'a'}", "{'b'}"]
 
 
 def test_a_forced_backend_is_chosen_outside_the_clock():
     seen = []
     record = lambda: seen.append(choice())  # noqa: E731
     timing.compare({"free": record, "forced": timing.Forced("reference", record)}, [()], "cpu", seconds=0.0)
-    assert seen[:8] == ["auto"] * 4 + ["reference"] * 4
+    calls = 1 + timing._CALLS
+    assert seen[: 2 + 2 * calls] == ["auto", "reference"] + ["auto"] * calls + ["reference"] * calls
     assert timing.Forced("cpu", choice)() == "cpu"
 
 
 def test_inputs_outgrow_the_cache():
-    made = timing.copies(lambda seed: seed, 16 << 20, "cpu")
-    assert len(made) * (16 << 20) > 2 * timing._CPU_CACHE_BYTES
-    assert len(timing.copies(lambda seed: seed, 1, "cpu")) == timing._MAX_COPIES
+    args = (torch.arange(4.0).expand(3, 4).t(), {"axis": 1, "list": [torch.ones(2)]})
+    made = timing.copies(args, 16 << 20, "cpu")
+    assert len(made) * (16 << 20) > 2 * timing.cache_bytes("cpu")
+    assert len({x.data_ptr() for x, _ in made}) == len({rest["list"][0].data_ptr() for _, rest in made}) == len(made)
+    assert all(torch.equal(x, args[0]) and rest["axis"] == 1 for x, rest in made)
+    assert len(timing.copies(args, 1, "cpu")) == timing._MAX_COPIES
 
 
 def test_steps_of_a_network(quick):
@@ -296,6 +331,7 @@ def test_a_plot_of_nothing_is_refused():
 def test_a_family_alone_and_beside_the_compiler(quick, monkeypatch):
     case = cases.FakeQuantCase("small", (4, 8, 6, 6))
     monkeypatch.setattr(cases, "FAKE_QUANT_BENCH", [case])
+    monkeypatch.setattr(cases, "FAKE_QUANT_BENCH_LAYERS", [])
     rows = [r for r in families.rows(QUIET, only="fake_quant", inductor=True) if r["backend"] == "cpu"]
     assert {r["op"] for r in rows} == {"fake_quant", "fake_quant_lsq"}
     assert all("inductor" in r["peers"] for r in rows)

@@ -4,9 +4,14 @@ import contextlib
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zsq_ext.bench import timing
+from zsq_ext.bench.families import FAMILIES
 from zsq_ext.ops import KD_SCALINGS, channel_sums, distill_head, statistics_of
+from zsq_ext.ops.backend import reason_against
 from zsq_ext.quant import ranges
 from zsq_ext.synth import augment, filters, objectives
 from zsq_ext.synth.objectives import Statistics
@@ -131,3 +136,39 @@ def test_the_watch_sees_waiting():
     for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x.any()), lambda: x.nonzero()):
         with pytest.raises((AssertionError, RuntimeError)), no_waiting():
             wait()
+
+
+# GPU only
+
+
+def on_gpu():
+    """(backend, subject) for every op that the bench times: each op's forward, and its backward."""
+    for name in ("cuda", "triton"):
+        for family in FAMILIES.values():
+            for subject in family("cuda"):
+                runs = subject.runs or subject.op
+                if subject.runs is not None and not reason_against(name, runs, "cuda", subject.dtype):
+                    yield name, subject
+
+
+@pytest.mark.gpu
+def test_no_op_waits_for_the_device():
+    for name, subject in on_gpu():
+        run, inputs = timing.Forced(name, subject.ours), subject.inputs()
+        run(*inputs)  # compiled, and tuned
+        torch.cuda.synchronize()
+        with no_waiting():
+            run(*inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_all_weights_take_two_launches(name):
+    subject = next(s for s in FAMILIES["fake_quant_minmax"]("cuda") if s.case == "weights_resnet18")
+    run, inputs = timing.Forced(name, subject.ours), subject.inputs()
+    run(*inputs)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run(*inputs)
+        torch.cuda.synchronize()
+    kernels = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.name.startswith("Mem")]
+    assert len(kernels) <= 2, [e.name for e in kernels]

@@ -106,10 +106,20 @@ def test_fake_quant_moves_16_bytes_at_a_time(kernels):
 @pytest.mark.parametrize("name", ["bn_act_rows_kernel", "bn_act_columns_kernel"])
 def test_bn_act_moves_16_bytes_at_a_time(kernels, name):
     found = family(kernels, name)
-    assert len({key for _, key in found}) == 2 * 3, "forward and backward, three dtypes"
+    assert len({key for _, key in found}) == 2 * 3 * 2, "forward and backward, three dtypes, with and without quantizer"
     for key, names in found.items():
         assert any(name.startswith("LDG.E.128") for name in names), key
         assert any(name.startswith("STG.E.128") for name in names), key
+
+
+@pytest.mark.parametrize("name", ["bn_act_rows_kernel", "bn_act_columns_kernel"])
+def test_bn_act_quantizes_by_exact_division(kernels, name):
+    # One per neighbour beyond those of the plain kernel; in the backward one for every activation that it may follow.
+    found = family(kernels, name)
+    for key, names in found.items():
+        if "Lb1EEEv" in key[1]:
+            plain = found[key[0], key[1].replace("Lb1EEEv", "Lb0EEEv")]
+            assert names.count("FCHK") >= plain.count("FCHK") + 8, key
 
 
 def test_bn_act_adds_without_atomics(kernels):
@@ -265,6 +275,27 @@ def test_minmax_divides_exactly_moves_16_bytes_and_takes_its_table_by_value(kern
         assert names.count("FCHK") >= 2 * (2 + elements_per_thread(key[1])), key
         assert any(name.startswith("LDG.E.128") for name in names), key
         assert any(name.startswith("STG.E.128") for name in names), key
+        assert not [name for name in names if name.startswith(("ATOM", "RED."))], key
+
+
+def test_many_divide_exactly_move_16_bytes_and_add_without_atomics(kernels):
+    # One pack per way that a pack meets the channels; three loops of whole packs, and three of single elements.
+    for name, ways in (("fake_quant_many_forward_kernel", 3), ("fake_quant_many_backward_kernel", 3)):
+        found = family(kernels, name)
+        assert len({key for _, key in found}) == 3, "three dtypes"
+        for key, names in found.items():
+            assert names.count("FCHK") >= ways * elements_per_thread(key[1]), key
+            assert any(name.startswith("LDG.E.128") for name in names), key
+            assert any(name.startswith("STG.E.128") for name in names), key
+            assert not [name for name in names if name.startswith(("ATOM", "RED."))], key
+
+
+def test_lp_error_divides_exactly_rounds_once_and_has_no_library_power(kernels):
+    found = family(kernels, "lp_error_kernel")
+    assert len({key for _, key in found}) == 3 * 2, "three dtypes, squares and powers"
+    for key, names in found.items():
+        assert "FCHK" in names, key
+        assert not {"MUFU.EX2", "MUFU.LG2"} & set(names), key
         assert not [name for name in names if name.startswith(("ATOM", "RED."))], key
 
 

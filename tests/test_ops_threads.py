@@ -4,9 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-from zsq_ext.ops import fake_quant, native
+from zsq_ext.ops import native
 
 pytestmark = pytest.mark.skipif(native.problem is not None, reason=f"no CPU backend: {native.problem}")
 
@@ -64,16 +63,3 @@ print(before, len(os.listdir("/proc/self/task")))
 """
     ).split()
     assert counts[0] == counts[1]
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_threads_gives_the_same_bits(threads):
-    x, scale = torch.randn(1 << 18), torch.tensor([0.05])
-    zero_point = torch.zeros(1, dtype=torch.int32)
-    before = torch.get_num_threads()
-    expected = fake_quant(x, scale, zero_point, -8, 7)
-    try:
-        torch.set_num_threads(threads)
-        assert torch.equal(fake_quant(x, scale, zero_point, -8, 7), expected)
-    finally:
-        torch.set_num_threads(before)

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zsq_ext.ops import fake_quant_minmax
-from zsq_ext.quant import ranges
+from zsq_ext.quant import modules, ranges
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import ACTIVATION_RANGES, QConfig
 from zsq_ext.quant.modules import (
@@ -20,6 +21,7 @@ from zsq_ext.quant.modules import (
     calibrating,
 )
 from zsq_ext.quant.prepare import plan, prepare, weights_together
+from zsq_ext.quant.ranges import affine_params
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -374,6 +376,45 @@ def test_a_range_can_be_set(kind):
     assert (lo.item(), hi.item()) == (pytest.approx(-1), pytest.approx(3))
     with pytest.raises(ValueError, match=r"set_range: lo must be < hi, got 1.0 and 1.0"):
         quantizer.set_range(1.0, 1.0)
+
+
+def test_the_grid_is_computed_once_while_the_range_stands_still(monkeypatch):
+    calls = []
+    monkeypatch.setattr(modules, "affine_params", lambda *args, **rest: calls.append(1) or affine_params(*args, **rest))
+    quantizer, x = ActivationQuantizer("site", 4), normal(100)
+
+    def grid(count, dtype=torch.float32):
+        """The grid in force, checked against a new one, after so many have been computed in all."""
+        found, fresh = quantizer.params(dtype)[:2], quantizer._computed(dtype)[:2]
+        assert len(calls) == count + 1
+        calls.pop()
+        assert all(torch.equal(a, b) for a, b in zip(found, fresh, strict=True))
+        return found
+
+    quantizer.set_range(-1.0, 3.0)
+    first = grid(1)
+    assert grid(1)[0] is first[0]
+    grid(2, torch.float64)
+    grid(3)
+    quantizer.set_range(-1.0, 1.0)
+    grid(4)
+    with calibrating(quantizer):
+        quantizer(x)
+        quantizer(x)
+    assert len(calls) == 6
+    grid(6)
+    quantizer.load_state_dict({**quantizer.state_dict(), "hi": torch.tensor([5.0])})
+    grid(7)
+    with torch.inference_mode():
+        grid(8)
+    assert not quantizer.double().params()[0].is_inference()
+    grid(9)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        quantizer.set_range(0.0, 2.0)
+        quantizer.params()
+    assert type(quantizer.params()[0]) is torch.Tensor
+    quantizer = copy.deepcopy(quantizer)
+    assert quantizer._grid is None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -13,14 +13,11 @@ struct BnActArgs {
   const void* u;         // [n] in its dtype, as residual and y
   const void* residual;  // [n]
   void* y;               // [n]; without it only the sums are taken
-  uint8_t* mask;         // one bit per element where relu or relu6 passes a gradient; every row starts a byte
-  const void* mean;      // [channels] compute, as var, gamma and beta
-  const void* var;
-  const void* gamma;
-  const void* beta;
+  uint8_t* mask;         // one bit per element where a gradient passes; every row starts a byte
   void* s1;  // [groups][channels] compute, groups = samples where per_sample, else 1; as s2; both or neither
   void* s2;
-  double eps;
+  BnActNorm norm;
+  BnActQuant quant;
   BnActShape shape;
   Act act;
   DType dtype;
@@ -29,21 +26,18 @@ struct BnActArgs {
 void bn_act(const BnActArgs& args, int threads);
 
 struct BnActBackwardArgs {
-  const void* u;         // [n] in its dtype, as grad, residual, du and dr
-  const void* grad;      // [n], of y
-  const void* residual;  // [n], where the activation is smooth
+  const void* u;         // [n] in its dtype, as residual, grad, du and dr
+  const void* residual;  // [n], where there is no mask to say what passes
   const uint8_t* mask;   // as the forward left it
-  const void* mean;      // [channels] compute, as var, gamma and beta
-  const void* var;
-  const void* gamma;
-  const void* beta;
-  const void* grad_s1;  // [groups][channels] compute, as grad_s2; both or neither
+  const void* grad;      // [n], of y
+  const void* grad_s1;   // [groups][channels] compute, as grad_s2; both or neither
   const void* grad_s2;
   void* du;      // [n]
   void* dr;      // [n]
   void* dgamma;  // [channels] compute, as dbeta; both or neither
   void* dbeta;
-  double eps;
+  BnActNorm norm;
+  BnActQuant quant;
   BnActShape shape;
   Act act;
   DType dtype;

@@ -27,18 +27,22 @@ ZSQ_AVX2 inline __m256 exp_of8(__m256 t) {
   return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_add_epi32(power, _mm256_set1_epi32(0x3f800000))));
 }
 
+ZSQ_AVX2 inline __m256 log_correction8(__m256 f) {
+  __m256 p = _mm256_set1_ps(7.0376836292e-2f);
+  for (float c : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
+                  2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f}) {
+    p = horner8(p, f, c);
+  }
+  return _mm256_mul_ps(_mm256_mul_ps(p, f), _mm256_mul_ps(f, f));
+}
+
 ZSQ_AVX2 inline __m256 log_of8(__m256 a) {
   const __m256i root = _mm256_set1_epi32(0x3f3504f3);
   const __m256i offset = _mm256_sub_epi32(_mm256_castps_si256(a), root);
   const __m256 e = _mm256_cvtepi32_ps(_mm256_srai_epi32(offset, 23));
   const __m256i m = _mm256_add_epi32(_mm256_and_si256(offset, _mm256_set1_epi32(0x007fffff)), root);
   const __m256 f = _mm256_sub_ps(_mm256_castsi256_ps(m), _mm256_set1_ps(1.0f)), z = _mm256_mul_ps(f, f);
-  __m256 p = _mm256_set1_ps(7.0376836292e-2f);
-  for (float c : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
-                  2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f}) {
-    p = horner8(p, f, c);
-  }
-  p = _mm256_add_ps(_mm256_mul_ps(_mm256_mul_ps(p, f), z), _mm256_mul_ps(e, _mm256_set1_ps(-2.12194440e-4f)));
+  __m256 p = _mm256_add_ps(log_correction8(f), _mm256_mul_ps(e, _mm256_set1_ps(-2.12194440e-4f)));
   p = _mm256_sub_ps(p, _mm256_mul_ps(z, _mm256_set1_ps(0.5f)));
   return _mm256_add_ps(_mm256_add_ps(f, p), _mm256_mul_ps(e, _mm256_set1_ps(0.693359375f)));
 }

@@ -57,21 +57,26 @@ void columns(const Op& op, int64_t i, int64_t end, const FakeQuantArgs& a, int64
   for (; i < end; ++i, ++c) op.one(i, grid_of<C>(a, c));
 }
 
+// Elements i to end of a tensor.
+template <class C, class Op>
+void stretch(const Op& op, const FakeQuantArgs& a, int64_t i, int64_t end, bool simd) {
+  const bool last = a.inner == 1 && a.channels > 1;
+  const int64_t length = last ? a.channels : a.channels == 1 ? a.n : a.inner;
+  while (i < end) {
+    const int64_t stop = std::min(end, (i / length + 1) * length);
+    if (last) {
+      columns<C>(op, i, stop, a, i % a.channels, simd);
+    } else {
+      row(op, i, stop, grid_of<C>(a, i / length % a.channels), simd);
+    }
+    i = stop;
+  }
+}
+
 template <class C, class Op>
 void for_each_element(const Op& op, const FakeQuantArgs& a, int threads) {
-  const bool simd = simd_enabled(), last = a.inner == 1 && a.channels > 1;
-  const int64_t length = last ? a.channels : a.channels == 1 ? a.n : a.inner;
-  parallel_for(a.n, kGrain, threads, [&](int64_t i, int64_t end) {
-    while (i < end) {
-      const int64_t stop = std::min(end, (i / length + 1) * length);
-      if (last) {
-        columns<C>(op, i, stop, a, i % a.channels, simd);
-      } else {
-        row(op, i, stop, grid_of<C>(a, i / length % a.channels), simd);
-      }
-      i = stop;
-    }
-  });
+  const bool simd = simd_enabled();
+  parallel_for(a.n, kGrain, threads, [&](int64_t i, int64_t end) { stretch<C>(op, a, i, end, simd); });
 }
 
 }  // namespace zsq

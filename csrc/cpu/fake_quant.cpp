@@ -19,6 +19,7 @@ struct Backward {
 
 #ifdef ZSQ_HAS_AVX2
   ZSQ_AVX2 void eight(int64_t i, const Grid8& q) const {
+    ahead(grad + i), ahead(x + i), ahead(out + i);
     const __m256 unrounded = _mm256_add_ps(_mm256_div_ps(load8(x + i), q.scale), q.zero_point);
     store8(out + i, _mm256_and_ps(load8(grad + i), inside8(unrounded, q)));
   }

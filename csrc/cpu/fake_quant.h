@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels/dtype.h"
 #include "kernels/fake_quant_minmax.h"
@@ -13,7 +14,7 @@ namespace zsq {
 struct FakeQuantArgs {
   const void* grad;        // [n] in x's dtype; null in the forward
   const void* x;           // [n]
-  void* out;               // [n]; may be x or grad
+  void* out;               // [n]; may be x or grad; null where a gradient is not wanted
   const void* scale;       // [channels] float, or double where x is double
   const void* zero_point;  // [channels] int32, or of scale's type and rounded here
   bool learned;            // zero_point is of scale's type
@@ -27,13 +28,22 @@ void fake_quant(const FakeQuantArgs& args, int threads);
 
 struct FakeQuantLsqArgs {
   FakeQuantArgs fq;
-  void* dscale;  // [channels] of scale's type, as dzero_point
+  void* dscale;  // [channels] of scale's type, as dzero_point; both null where they are not wanted
   void* dzero_point;
 };
 
 // LSQ's gradient: the straight-through gradient into out, and the two sums per channel. The sums are the same bits for
-// any number of threads. Writes nothing for n = 0.
+// any number of threads.
 void fake_quant_lsq_backward(const FakeQuantLsqArgs& args, int threads);
+
+struct FakeQuantManyArgs {
+  std::vector<FakeQuantLsqArgs> tensors;
+  bool backward;
+  DType dtype;  // of all
+};
+
+// The forward of every tensor, or LSQ's gradient of every tensor: the bits of one after the other.
+void fake_quant_many(const FakeQuantManyArgs& args, int threads);
 
 struct CodesArgs {
   FakeQuantArgs fq;  // x holds values and out codes, or `back` the other way round; dtype is that of the values

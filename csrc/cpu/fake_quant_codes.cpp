@@ -43,6 +43,7 @@ struct Quantize {
 
 #ifdef ZSQ_HAS_AVX2
   ZSQ_AVX2 void eight(int64_t i, const Grid8& q) const {
+    ahead(x + i), ahead(out + i);
     const __m256 code = code8(_mm256_div_ps(zsq::load8(x + i), q.scale), q);
     const __m256 zero = _mm256_min_ps(q.qmax, _mm256_max_ps(q.qmin, q.zero_point));
     const __m256 nan = _mm256_cmp_ps(code, code, _CMP_UNORD_Q);

@@ -9,25 +9,9 @@
 namespace zsq {
 namespace {
 
-// Quantizes a channel, which is in the cache, and asks for the next one, which is not: dividing leaves the memory idle.
-template <class T>
-struct ForwardAhead {
-  Forward<T> here;
-  int64_t length;
-
-  template <class C>
-  void one(int64_t i, const Grid<C>& q) const {
-    here.one(i, q);
-  }
-
-#ifdef ZSQ_HAS_AVX2
-  ZSQ_AVX2 void eight(int64_t i, const Grid8& q) const {
-    _mm_prefetch(reinterpret_cast<const char*>(here.x + i + length), _MM_HINT_T0);  // past the end: nothing
-    _mm_prefetch(reinterpret_cast<const char*>(here.out + i + length), _MM_HINT_T0);
-    here.eight(i, q);
-  }
-#endif
-};
+// Results as large as this, all tensors together, are not in the caches any more when they are read, so they go past
+// them. It pays in memory that was used before; in fresh pages, as one large tensor would get, it costs.
+constexpr int64_t kStreamBytes = 16 << 20;
 
 // Channels of one tensor that a thread takes at once.
 struct Task {
@@ -54,6 +38,7 @@ void run(const MinMaxArgs& a, int threads) {
   const bool simd = simd_enabled();
   int64_t elements = 0;
   const std::vector<Task> tasks = tasks_of(a, elements);
+  const bool stream = elements * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   if (elements <= kGrain) threads = 1;  // small networks: many tasks of little work
   parallel_for(static_cast<int64_t>(tasks.size()), 1, threads, [&](int64_t k, int64_t end) {
     for (; k < end; ++k) {
@@ -62,7 +47,9 @@ void run(const MinMaxArgs& a, int threads) {
         const T* x = static_cast<const T*>(t.x) + c * t.length;
         const Range<C> range = range_of(x, t.length, empty_range<C>(), simd);
         const Grid<C> q = grid_of_range(range, static_cast<int>(t.bits), a.symmetric);
-        row(ForwardAhead<T>{{x, static_cast<T*>(t.out) + c * t.length}, t.length}, 0, t.length, q, simd);
+        // This channel is in the cache now: what comes next is the next one.
+        const Forward<T> forward{x, static_cast<T*>(t.out) + c * t.length, stream, t.length * int64_t{sizeof(T)}};
+        row(forward, 0, t.length, q, simd);
         static_cast<C*>(a.scale)[tasks[k].first + c] = q.scale;
         a.zero_point[tasks[k].first + c] = static_cast<int32_t>(q.zero_point);
       }

@@ -21,6 +21,15 @@ bool set_simd(bool on);
 
 namespace zsq {
 
+// How far ahead a stream asks for what it comes to: dividing between the loads would leave the memory idle.
+constexpr int64_t kAheadBytes = 2048;
+
+// Past the end of a tensor it does nothing.
+template <class T>
+ZSQ_AVX2 inline void ahead(const T* p, int64_t bytes = kAheadBytes) {
+  _mm_prefetch(reinterpret_cast<const char*>(p) + bytes, _MM_HINT_T0);
+}
+
 ZSQ_AVX2 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
 
 ZSQ_AVX2 inline __m256 load8(const f16* p) {
@@ -47,6 +56,18 @@ ZSQ_AVX2 inline void store8(bf16* p, __m256 v) {
   // packus works within 128-bit halves: gather the two low quarters.
   h = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(h));
+}
+
+// Writes past the caches, where p is aligned: a line that is not read first is two thirds of the traffic. Other threads
+// see it after this one's next locked instruction, such as taking the next piece of a loop.
+ZSQ_AVX2 inline void stream8(float* p, __m256 v) {
+  if (reinterpret_cast<uintptr_t>(p) % 32) return store8(p, v);
+  _mm256_stream_ps(p, v);
+}
+
+template <class T>
+ZSQ_AVX2 inline void stream8(T* p, __m256 v) {
+  store8(p, v);
 }
 
 }  // namespace zsq

@@ -25,9 +25,9 @@ def subjects(device: str) -> list[Subject]:
 def _subject(name: str, device: str, pass_: str) -> Subject:
     weights = [cases.AdaRoundCase(name, shape=shape) for shape in cases.ADAROUND_BENCH[name]]
 
-    def make(seed: int) -> tuple[list[Tensor], tuple[Any, ...]]:
-        v, base, scale, zero_point, qmin, qmax, _ = zip(*(w.args(device, seed) for w in weights), strict=True)
-        return [w.grads(device, seed)[0] for w in weights], (v, base, scale, zero_point, qmin[0], qmax[0])
+    def make() -> tuple[list[Tensor], tuple[Any, ...]]:
+        v, base, scale, zero_point, qmin, qmax, _ = zip(*(w.args(device) for w in weights), strict=True)
+        return [w.grads(device)[0] for w in weights], (v, base, scale, zero_point, qmin[0], qmax[0])
 
     n = sum(torch.Size(w.shape).numel() for w in weights)
     return Subject(

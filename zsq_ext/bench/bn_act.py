@@ -9,6 +9,8 @@ from torch import Tensor
 
 from zsq_ext.bench.subject import Subject
 from zsq_ext.ops import bn_act, reference
+from zsq_ext.ops.bn_act_spec import Needs
+from zsq_ext.ops.cases import LAYOUTS
 from zsq_ext.ops.cases import bn_act as cases
 
 _ACTS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
@@ -33,11 +35,17 @@ def _subject(case: cases.BnActCase, device: str, pass_: str) -> Subject:
         pass_=pass_,
         bytes_=_tensors(case)[pass_] * n * case.dtype.itemsize,
         flops=(7 if pass_ == "forward" else 15) * n,
-        inputs=lambda seed: (case.grads(device), case.args(device, seed)),
+        inputs=lambda: (_grads(case, device), case.args(device)),
         ours=_pass(bn_act, pass_),
-        expected=lambda grads, args: _expected(case, grads, args, pass_),
+        expected=lambda *first: _expected(case, pass_, device),
         peers={"eager": _pass(_eager, pass_), "clone": lambda grads, args: args["u"].clone()},
     )
+
+
+def _grads(case: cases.BnActCase, device: str) -> tuple[Tensor | None, ...]:
+    """y's gradient lies in memory as y does, which is how a convolution sends it."""
+    grad, *sums = case.grads(device)
+    return LAYOUTS[case.layout](grad), *sums
 
 
 def _pass(function: Callable[..., Any], pass_: str) -> Callable[..., Tensor]:
@@ -56,16 +64,12 @@ def _pass(function: Callable[..., Any], pass_: str) -> Callable[..., Tensor]:
     return forward if pass_ == "forward" else both
 
 
-def _expected(case: cases.BnActCase, grads: Any, args: dict[str, Any], pass_: str) -> Tensor:
-    saves = case.residual and case.act in ("relu", "relu6")
-    y, _, _, mask = reference.bn_act(**args, save_mask=saves)
+def _expected(case: cases.BnActCase, pass_: str, device: str) -> Tensor:
+    y, _, _, mask = reference.bn_act(*case.told(device, mask=case.saves_mask))
     if pass_ == "forward":
         return y
-    rest: dict[str, Any] = {k: v for k, v in args.items() if k != "stats"}
-    rest |= zip(("grad_y", "grad_s1", "grad_s2"), grads, strict=True)
-    rest |= {"residual": None} if saves else {"mask": None}
-    rest |= {"need_u": True, "need_residual": False, "need_affine": False}
-    return reference.bn_act_backward(**{"mask": mask, **rest})[0]
+    u, residual, mask, grads, layer, _ = case.told_backward(mask, device)
+    return reference.bn_act_backward(u, residual, mask, grads, layer, Needs())[0]
 
 
 def _eager(
@@ -77,6 +81,8 @@ def _eager(
     eps: float,
     residual: Tensor | None,
     act: str,
+    quant: tuple[Tensor, Tensor, int, int] | None,
+    quant_grad: str,
     stats: str | None,
 ) -> Any:
     """What modules compute, and hooks beside them: the sums of the shifted input."""
@@ -85,6 +91,8 @@ def _eager(
         gamma, beta = (None if t is None else t.to(u.dtype) for t in (gamma, beta))
     v = F.batch_norm(u, mean, var, gamma, beta, False, 0.0, eps)
     y = _ACTS.get(act, lambda v: v)(v if residual is None else v + residual)
+    if quant is not None:
+        y = torch.fake_quantize_per_tensor_affine(y, *quant)
     if stats is None:
         return y
     axes = list(range(2, u.dim())) if stats == "sample" else [0, *range(2, u.dim())]

@@ -58,11 +58,11 @@ def subjects(device: str) -> list[Subject]:
 def _subject(op: str, case: cases.FakeQuantCase, device: str) -> Subject:
     job = _JOBS[op]
 
-    def arguments(seed: int) -> tuple[Any, ...]:
-        args = case.args(device, seed)
+    def arguments() -> tuple[Any, ...]:
+        args = case.args(device)
         return reference.quantize(*args), *args
 
-    first = arguments(0)
+    first = arguments()
     return Subject(
         op=op,
         case=case.name,

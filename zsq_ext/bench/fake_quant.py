@@ -1,4 +1,4 @@
-"""fake_quant beside eager PyTorch, ATen's fused ops, and a plain clone."""
+"""fake_quant beside eager PyTorch, ATen's fused ops, torchao where it is installed, and a plain clone."""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor
 from zsq_ext.bench.subject import Subject
 from zsq_ext.ops import fake_quant, reference
 from zsq_ext.ops.cases import fake_quant as cases
+from zsq_ext.ops.layout import in_layout_of
 
 # op -> pass -> bytes moved per byte of x: x in, x_hat out; then grad and x in, and the gradient out. "out" is the
 # forward into memory that is there; its peers make their own.
@@ -19,7 +20,10 @@ _FLOPS = {"fake_quant": {"forward": 6, "out": 6, "forward+backward": 10}, "fake_
 
 
 def subjects(device: str) -> list[Subject]:
-    jobs = [(op, case, pass_) for op, passes in _PASSES.items() for case in cases.FAKE_QUANT_BENCH for pass_ in passes]
+    benched: tuple[cases.FakeQuantCase, ...] = (*cases.FAKE_QUANT_BENCH, *cases.FAKE_QUANT_BENCH_LAYERS)
+    if device == "cuda":
+        benched += cases.FAKE_QUANT_BENCH_LARGE
+    jobs = [(op, case, pass_) for op, passes in _PASSES.items() for case in benched for pass_ in passes]
     return [_subject(op, case, device, pass_) for op, case, pass_ in jobs]
 
 
@@ -39,7 +43,7 @@ def _subject(op: str, case: cases.FakeQuantCase, device: str, pass_: str) -> Sub
         pass_=pass_,
         bytes_=_PASSES[op][pass_] * n * case.dtype.itemsize,
         flops=_FLOPS[op][pass_] * n,
-        inputs=lambda seed: (case.grad(device), *case.args(device, seed)),
+        inputs=lambda: (in_layout_of((args := case.args(device))[0], case.grad(device)), *args),
         ours=_pass(public, pass_, lsq),
         expected=expected,
         peers={name: _pass(_by_rows(function), theirs, lsq) for name, function in _peers(case, lsq).items()},
@@ -66,11 +70,13 @@ def _pass(function: Callable[..., Tensor], pass_: str, lsq: bool) -> Callable[..
 
 
 def _peers(case: cases.FakeQuantCase, lsq: bool) -> dict[str, Callable[..., Tensor]]:
-    peers: dict[str, Callable[..., Tensor]] = {"eager": _eager}
+    peers: dict[str, Callable[..., Tensor]] = {"eager": eager}
     if not lsq:  # clone is no quantizer: it is what writing a fresh output costs, page faults included
         peers["clone"] = lambda x, *grid: x.clone()
     if case.dtype == torch.float32:  # ATen's ops on 16-bit types give other codes
-        peers["aten"] = _aten_lsq if lsq else _aten
+        peers["aten"] = aten_lsq if lsq else _aten
+        if not lsq and (function := _torchao()) is not None:
+            peers["torchao"] = function
     return peers
 
 
@@ -86,7 +92,7 @@ def _by_rows(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _eager(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+def eager(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     """What people write: a chain of elementwise ops, with the straight-through gradient of detach. It is LSQ's too."""
     if axis is not None:
         shape = [1] * x.dim()
@@ -98,13 +104,29 @@ def _eager(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, a
     return (code - zero_point) * scale
 
 
+@functools.cache
+def _torchao() -> Callable[..., Tensor] | None:
+    """What torchao trains with, where it is installed. FlagGems and others replace eager's operators one by one."""
+    try:
+        from torchao.quantization.quant_primitives import _fake_quantize_affine
+    except ImportError:
+        return None
+
+    def run(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+        block = tuple(1 if dim == axis else size for dim, size in enumerate(x.shape))
+        codes = torch.int8 if qmin < 0 else torch.uint8
+        return _fake_quantize_affine(x, block, scale, zero_point, codes, qmin, qmax)
+
+    return run
+
+
 def _aten(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     if axis is None:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, qmin, qmax)
     return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, qmin, qmax)
 
 
-def _aten_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+def aten_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     zero_point = zero_point.float()  # C floats beside n elements
     if axis is None:
         return torch.ops.aten._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, qmin, qmax, 1.0)

@@ -4,7 +4,19 @@ from typing import Any
 
 import torch
 
-from zsq_ext.bench import adaround, bn_act, codes_and_ranges, fake_quant, fake_quant_minmax, heads, image, qdrop, timing
+from zsq_ext.bench import (
+    adaround,
+    bn_act,
+    codes_and_ranges,
+    fake_quant,
+    fake_quant_many,
+    fake_quant_minmax,
+    heads,
+    image,
+    lp_error,
+    qdrop,
+    timing,
+)
 from zsq_ext.bench.subject import Subject, measured
 from zsq_ext.core.progress import Progress
 
@@ -12,7 +24,9 @@ from zsq_ext.core.progress import Progress
 FAMILIES = {
     "fake_quant": fake_quant.subjects,
     "codes_and_ranges": codes_and_ranges.subjects,
+    "fake_quant_many": fake_quant_many.subjects,
     "fake_quant_minmax": fake_quant_minmax.subjects,
+    "lp_error": lp_error.subjects,
     "adaround": adaround.subjects,
     "qdrop": qdrop.subjects,
     "bn_act": bn_act.subjects,

@@ -23,8 +23,8 @@ def subjects(device: str) -> list[Subject]:
 def _subject(case: cases.QDropCase, device: str, pass_: str) -> Subject:
     threshold = round(case.probability * 2**24)
 
-    def make(seed: int) -> tuple[Any, ...]:
-        x, *rest = case.args(device, seed)
+    def make() -> tuple[Any, ...]:
+        x, *rest = case.args(device)
         return torch.randn_like(x), x, *rest
 
     def expected(grad: Tensor, x: Tensor, x_hat: Tensor, probability: float, key: Tensor) -> Tensor:

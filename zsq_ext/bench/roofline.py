@@ -13,8 +13,8 @@ _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#
 def draw(result: dict[str, Any], device: str) -> str:
     """An SVG document: operations per byte across, billions of operations per second upwards, both logarithmic.
 
-    The slope is the copy bandwidth and the level the matrix product's rate that the same run measured; a row's floor is
-    the line above it.
+    The slope is the copy bandwidth of tensors that no cache holds and the level the matrix product's rate, both of the
+    same run. A row that fits into a shared cache may stand above the slope; its percentage is of a copy of its size.
 
     Args:
         result: of ``bench.run``.

@@ -18,7 +18,7 @@ class Subject:
     Args:
         op, case, dtype, device, pass_: what the row says.
         bytes_, flops: what has to move and to be computed, the floor's measure.
-        inputs: from a seed to the arguments of every function here.
+        inputs: makes the arguments of every function here.
         ours: the public op; run once on every backend.
         expected: what it must give, a tensor or several.
         peers: what others do, by name. "eager" is also what ``--inductor`` compiles.
@@ -34,7 +34,7 @@ class Subject:
     pass_: str
     bytes_: int
     flops: int
-    inputs: Callable[[int], tuple[Any, ...]]
+    inputs: Callable[[], tuple[Any, ...]]
     ours: Callable[..., Any]
     expected: Callable[..., Any]
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -49,7 +49,7 @@ def measured(subject: Subject, inductor: bool = False, seconds: float = timing.S
     Raises:
         RuntimeError: a backend gives something else than expected.
     """
-    inputs = timing.copies(subject.inputs, subject.bytes_, subject.device)
+    inputs = timing.copies(subject.inputs(), subject.bytes_, subject.device)
     peers = dict(subject.peers)
     if inductor and "eager" in peers:
         peers["inductor"] = torch.compile(peers["eager"], dynamic=False)

@@ -5,26 +5,31 @@ import functools
 import itertools
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from zsq_ext.core.machine import cpu_name
 from zsq_ext.ops.backend import backend, backends
 
-# Where the device does not say: larger than the last-level cache of most CPUs.
-_CPU_CACHE_BYTES = 64 << 20
+# A copy's bandwidth is measured with as many bytes as a row moves, in powers of two between these: what fits into a
+# shared last cache is moved faster than what does not.
+_SMALLEST_COPY, _LARGEST_COPY = 1 << 22, {"cpu": 1 << 28, "cuda": 1 << 31}
+_UNKNOWN_CACHE = 16 << 20
 # More copies of a small input would not be further from the cache, only slower to make.
 _MAX_COPIES = 64
-# Counted calls of a turn.
-_CALLS = 3
+# Counted calls of a turn, which ends early where they are slow; a call as slow as that is counted even as the first.
+_CALLS, _TURN_MS = 6, 50.0
 # How long a subject is timed, its peers included.
-SECONDS = 0.25
+SECONDS = 0.15
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,22 @@ class Timing:
     p90: float
 
 
-def copies(make: Callable[[int], Any], call_bytes: int, device: str) -> list[Any]:
-    """make(0), make(1), ...: as many inputs as it takes that none is in the cache when its turn comes again."""
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else _CPU_CACHE_BYTES
-    return [make(i) for i in range(min(_MAX_COPIES, 2 + 2 * cache // max(call_bytes, 1)))]
+def cache_bytes(device: str) -> int:
+    """The second-level cache: of all cores together, or of the GPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text()  # such as 2048K
+        return int(size.strip().removesuffix("K")) * 1024 * (os.cpu_count() or 1)
+    except (OSError, ValueError):
+        return _UNKNOWN_CACHE
+
+
+def copies(args: Any, call_bytes: int, device: str) -> list[Any]:
+    """As many copies of the tensors in args as it takes that none is in that cache when its turn comes again."""
+    cache = cache_bytes(device)
+    again = lambda: tree_map_only(Tensor, torch.clone, args)  # noqa: E731
+    return [args, *(again() for _ in range(min(_MAX_COPIES - 1, 1 + 2 * cache // max(call_bytes, 1))))]
 
 
 def compare(
@@ -48,13 +65,13 @@ def compare(
     """Times the contenders on the inputs, taking turns, so that all meet the same machine.
 
     A turn is a few calls one after the other, as a program makes them; the first is not counted, because it finds the
-    allocator and the threads as another contender left them. Every call takes the next input, and every round another
-    contender begins, so that none is served from a cache that a peer has filled.
+    allocator and the threads as another contender left them. Every call takes the next input and every round has an
+    order of its own, so that none is served from a cache that a peer has filled, or always follows the same one.
 
     Args:
         contenders: name -> function of one element of inputs, unpacked.
         inputs: see `copies`.
-        seconds: about how long all of it may take; at least 3 rounds run, and at most 500.
+        seconds: about how long all of it may take; at least 2 rounds run, and at most 500.
     """
     clock = _cuda_ms if device == "cuda" else _cpu_ms
     taken = itertools.cycle(inputs)
@@ -62,16 +79,20 @@ def compare(
     def turn(function: Callable[..., Any]) -> list[float]:
         inner, on = (function.function, function.on) if isinstance(function, Forced) else (function, None)
         with contextlib.nullcontext() if on is None else backend(on):
-            return [clock(inner, next(taken)) for _ in range(1 + _CALLS)][1:]
+            found = [clock(inner, next(taken))]
+            while len(found) <= _CALLS and sum(found) < _TURN_MS:
+                found.append(clock(inner, next(taken)))
+            return found[1:] or found
 
-    for function in contenders.values():  # warm
-        turn(function)
+    for function in contenders.values():  # compiled and loaded before any clock runs
+        function(*inputs[0])
     begin = time.perf_counter()
     times = {name: turn(function) for name, function in contenders.items()}
-    rounds = int(min(500, max(3, seconds / (time.perf_counter() - begin))))
+    rounds = int(min(500, max(2, seconds / (time.perf_counter() - begin))))
     names = list(contenders)
-    for i in range(1, rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+    order = random.Random(0)
+    for _ in range(1, rounds):
+        for name in order.sample(names, len(names)):
             times[name] += turn(contenders[name])
     return {name: _summary(found) for name, found in times.items()}
 
@@ -99,13 +120,24 @@ def _summary(times: list[float]) -> Timing:
     return Timing(at(0.5), at(0.1), at(0.9))
 
 
+def copy_bandwidth(device: str, call_bytes: int | None = None) -> float:
+    """Bytes per second of a copy into existing memory, read and written bytes counted.
+
+    Args:
+        call_bytes: how many a call moves; None for so many that no cache holds them.
+    """
+    largest = _LARGEST_COPY[device]
+    size = largest if call_bytes is None else min(max(call_bytes, _SMALLEST_COPY), largest)
+    return _copy_bandwidth(device, 1 << (size - 1).bit_length())
+
+
 @functools.cache
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second of a copy into existing memory, read and written bytes counted. Measured once per run."""
-    n = (1 << 30 if device == "cuda" else 1 << 26) // 4
-    source, target = torch.ones(n, device=device), torch.ones(n, device=device)
-    timing = compare({"copy": target.copy_}, [(source,)], device, seconds=0.3)["copy"]
-    return 2 * source.nbytes / (timing.ms / 1e3)
+def _copy_bandwidth(device: str, call_bytes: int) -> float:
+    """Measured once per run and size."""
+    source, target = (torch.ones(call_bytes // 8, device=device) for _ in range(2))
+    inputs = copies((target, source), call_bytes, device)
+    timing = compare({"copy": torch.Tensor.copy_}, inputs, device, seconds=0.2)["copy"]
+    return call_bytes / (timing.ms / 1e3)
 
 
 @functools.cache
@@ -182,7 +214,7 @@ def row(
     peak: float | None = None,
 ) -> dict[str, Any]:
     """One row of a suite. The floor is what moving the bytes, or doing the arithmetic, takes at the measured rate."""
-    floor = bytes_ / copy_bandwidth(device) * 1e3
+    floor = bytes_ / copy_bandwidth(device, bytes_) * 1e3
     if flops_per_second:
         floor = max(floor, flops / flops_per_second * 1e3)
     return {

@@ -49,7 +49,7 @@ def bench(
     only: Annotated[str | None, typer.Option(help="One family, such as fake_quant.")] = None,
     inductor: Annotated[bool, typer.Option("--inductor", help="Also time torch.compile of the eager peers.")] = False,
     seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="How long each op is timed in each case, peers included; 0.25.")
+        float | None, typer.Option(min=0.0, help="How long each op is timed in each case, peers included; 0.15.")
     ] = None,
     compare: Annotated[
         Path | None, typer.Option(help="An older --json file: shows what changed beyond the noise of both runs.")

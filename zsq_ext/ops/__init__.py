@@ -1,14 +1,17 @@
 """The ops: fast, bit-exact across backends, and usable alone under autograd, compile and export."""
 
 from zsq_ext.ops.adaround import adaround, adaround_many, adaround_start
-from zsq_ext.ops.bn_act import bn_act, channel_sums, statistics_of
+from zsq_ext.ops.bn_act import bn_act
+from zsq_ext.ops.bn_act_sums import channel_sums, statistics_of
 from zsq_ext.ops.channel_range import channel_range
 from zsq_ext.ops.fake_quant import fake_quant
 from zsq_ext.ops.fake_quant_codes import dequantize, quantize
+from zsq_ext.ops.fake_quant_many import fake_quant_many
 from zsq_ext.ops.fake_quant_minmax import fake_quant_minmax
 from zsq_ext.ops.heads_cam import cam_map, count_active
 from zsq_ext.ops.heads_distill import KD_SCALINGS, Distilled, distill_head
 from zsq_ext.ops.image import resize_crops, view_images
+from zsq_ext.ops.lp_error import lp_error
 from zsq_ext.ops.qdrop import qdrop
 
 __all__ = [
@@ -25,7 +28,9 @@ __all__ = [
     "dequantize",
     "distill_head",
     "fake_quant",
+    "fake_quant_many",
     "fake_quant_minmax",
+    "lp_error",
     "qdrop",
     "quantize",
     "resize_crops",

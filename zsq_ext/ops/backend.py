@@ -103,12 +103,13 @@ def reason_against(name: str, op: str, device: str, dtype: torch.dtype) -> str |
 
 
 @functools.cache
-def find(op: str, device: str, dtype: torch.dtype, chosen: str) -> Callable[..., Any]:
+def find(op: str, device: torch.device | str, dtype: torch.dtype, chosen: str) -> Callable[..., Any]:
     """The function that runs `op` on such tensors under a choice.
 
     Raises:
         NotImplementedError: the chosen backend cannot; says why.
     """
+    device = torch.device(device).type
     candidates = _AUTO.get(device, ("reference",)) if chosen == "auto" else (chosen,)
     reasons = []
     for name in candidates:
@@ -121,14 +122,17 @@ def find(op: str, device: str, dtype: torch.dtype, chosen: str) -> Callable[...,
     )
 
 
-def _kind_of(first: torch.Tensor | Sequence[torch.Tensor], *rest: Any) -> tuple[str, torch.dtype]:
+def _kind_of(first: torch.Tensor | Sequence[torch.Tensor], *rest: Any) -> tuple[torch.device, torch.dtype]:
     """The device and dtype of the first tensor, which may be the first of a list."""
     t = head(first)
-    return t.device.type, t.dtype
+    return t.device, t.dtype
 
 
 def define(
-    schema: str, fake: Callable[..., Any], kind: Callable[..., tuple[str, torch.dtype]] = _kind_of
+    schema: str,
+    fake: Callable[..., Any],
+    kind: Callable[..., tuple[torch.device, torch.dtype]] = _kind_of,
+    gathered: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Registers an op with torch, once for all devices, and returns it.
 
@@ -137,12 +141,14 @@ def define(
             the last one, and marked `(a!)`.
         fake: same arguments, returns empty tensors like the result; what compile and export trace with.
         kind: same arguments, returns the device and dtype that decide who may run it.
+        gathered: same arguments, returns them as backends take them, several in one value; None where they take these.
     """
     name = schema.partition("(")[0]
     OPS[name] = schema
 
     def run(*args: Any) -> Any:
-        return find(name, *kind(*args), _choice)(*args)
+        function = find(name, *kind(*args), _choice)
+        return function(*args) if gathered is None else function(*gathered(*args))
 
     def run_and_count(*args: Any) -> Any:
         result = run(*args)

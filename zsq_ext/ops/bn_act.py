@@ -1,4 +1,4 @@
-"""Batch norm in eval mode with residual, activation and the statistics of its input, in one pass each way."""
+"""Batch norm in eval mode, residual, activation, quantizer and the statistics of what entered, in one pass each way."""
 
 import math
 from typing import Any
@@ -7,219 +7,139 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops import backend, reference
-from zsq_ext.ops.layout import COMPUTE, channels_last, empty_arranged, rows_of
+from zsq_ext.ops import check as checks
+from zsq_ext.ops.bn_act_spec import LAYER, Grads, Layer, Needs, Norm, Outputs, Quant
+from zsq_ext.ops.bn_act_sums import STATS, check_channels, check_input, fake_sums, pair, wants_undefined
+from zsq_ext.ops.layout import channels_last, empty_arranged, rows_of
 
 ACTS = ("none", "relu", "relu6", "silu", "hardswish")
-STATS = ("batch", "sample")
-
-# Their slope is 0 or 1: one bit says all that the backward needs.
-_CLIPS = ("relu", "relu6")
-
-_NORM = "Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps"
+QUANT_GRADS = ("ste_clip", "ste")
 
 
-def _fake_sums(u: Tensor, mean: Tensor, stats: str | None) -> tuple[Tensor, Tensor]:
-    shape = {"batch": u.shape[1:2], "sample": u.shape[:2], None: (0,)}[stats]
-    return mean.new_empty(shape), mean.new_empty(shape)
+def _gathered(u: Tensor, residual: Tensor | None, stats: str | None, mask: bool, *layer: Any) -> tuple[Any, ...]:
+    return u, residual, Layer.of(*layer), Outputs(stats, mask)
 
 
-def _fake(
-    u: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    act: str,
-    stats: str | None,
-    save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gathered_backward(u: Tensor, residual: Tensor | None, mask: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    return u, residual, mask, Grads(*rest[:3]), Layer.of(*rest[6:]), Needs(*rest[3:6])
+
+
+def _fake(u: Tensor, residual: Tensor | None, stats: str | None, save_mask: bool, mean: Tensor, *rest: Any) -> Any:
     rows, length = rows_of(u)
     mask = u.new_empty((rows, (length + 7) // 8) if save_mask else 0, dtype=torch.uint8)
-    return empty_arranged(u, channels_last(u)), *_fake_sums(u, mean, stats), mask
+    return empty_arranged(u, channels_last(u)), *fake_sums(u, mean, stats), mask
 
 
-def _fake_backward(
-    u: Tensor,
-    grad_y: Tensor | None,
-    grad_s1: Tensor | None,
-    grad_s2: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    act: str,
-    need_u: bool,
-    need_residual: bool,
-    need_affine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    last, has_y = channels_last(u), grad_y is not None
-    du = empty_arranged(u, last) if need_u else u.new_empty(0)
-    dr = empty_arranged(u, last) if need_residual and has_y else u.new_empty(0)
-    affine = mean.shape if need_affine and has_y else (0,)
+def _fake_backward(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, _, grads, layer, needs = _gathered_backward(u, *rest)
+    last, has_y, mean = channels_last(u), grads.y is not None, layer.norm.mean
+    du = empty_arranged(u, last) if needs.u else u.new_empty(0)
+    dr = empty_arranged(u, last) if needs.residual and has_y else u.new_empty(0)
+    affine = mean.shape if needs.affine and has_y else (0,)
     return du, dr, mean.new_empty(affine), mean.new_empty(affine)
 
 
 _op = backend.define(
-    f"bn_act(Tensor u, {_NORM}, Tensor? residual, str act, str? stats, bool save_mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"bn_act(Tensor u, Tensor? residual, str? stats, bool save_mask, {LAYER}) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    gathered=_gathered,
 )
 _op_backward = backend.define(
-    f"bn_act_backward(Tensor u, Tensor? grad_y, Tensor? grad_s1, Tensor? grad_s2, {_NORM}, Tensor? residual, "
-    "Tensor? mask, str act, bool need_u, bool need_residual, bool need_affine) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bn_act_backward(Tensor u, Tensor? residual, Tensor? mask, Tensor? grad_y, Tensor? grad_s1, Tensor? grad_s2, "
+    f"bool need_u, bool need_residual, bool need_affine, {LAYER}) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
-)
-_op_sums = backend.define("channel_sums(Tensor u, Tensor mean, str stats) -> (Tensor, Tensor)", _fake_sums)
-_op_sums_backward = backend.define(
-    "channel_sums_backward(Tensor u, Tensor mean, Tensor grad_s1, Tensor grad_s2) -> Tensor",
-    lambda u, mean, grad_s1, grad_s2: empty_arranged(u, channels_last(u)),
+    gathered=_gathered_backward,
 )
 
 
-def _forward(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stats = rest[-2]
-    return reference.bn_act(u, *rest) if stats is None and backend.decomposes() else _op(u, *rest)
+def _forward(u: Tensor, residual: Tensor | None, wanted: Outputs, layer: Layer) -> Any:
+    if wanted.stats is None and backend.decomposes():
+        return reference.bn_act(u, residual, layer, wanted)
+    return _op(u, residual, *wanted, *layer.flat)
 
 
-def _backward(
-    u: Tensor, grad_y: Tensor | None, grad_s1: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pointwise = grad_s1 is None and not rest[-1]  # no sums, neither of u nor of the gradient
-    return (reference.bn_act_backward if pointwise and backend.decomposes() else _op_backward)(
-        u, grad_y, grad_s1, *rest
-    )
-
-
-def _wants_undefined(ctx: Any) -> None:
-    # A gradient that nobody sent then arrives as None, and its term is skipped; a compiler's graph has no such
-    # thing as an absent gradient, and sends zeros.
-    if not torch.compiler.is_compiling():
-        ctx.set_materialize_grads(False)
-
-
-def _pair(grad_s1: Tensor | None, grad_s2: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Both or neither, contiguous."""
-    if grad_s1 is None and grad_s2 is None:
-        return None, None
-    grad_s1 = torch.zeros_like(grad_s2) if grad_s1 is None else grad_s1  # type: ignore[arg-type]
-    grad_s2 = torch.zeros_like(grad_s1) if grad_s2 is None else grad_s2
-    return grad_s1.contiguous(), grad_s2.contiguous()
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend.decomposes():
+        u, residual, mask, grads, layer, needs = _gathered_backward(*args)
+        if grads.s1 is None and not needs.affine:  # no sums, neither of u nor of the gradient
+            return reference.bn_act_backward(u, residual, mask, grads, layer, needs)
+    return _op_backward(*args)
 
 
 class _BnAct(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        eps: float,
-        residual: Tensor | None,
-        act: str,
-        stats: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _wants_undefined(ctx)
+    def forward(ctx: Any, u: Tensor, residual: Tensor | None, stats: str | None, *flat: Any) -> Any:
+        wants_undefined(ctx)
+        layer = Layer.of(*flat)
         # Without a residual everything is recomputed from u. With one, a clip leaves a bit per element behind; a smooth
         # activation needs u and the residual again, and keeping the residual costs nothing where it is alive anyway,
         # as the input of the convolutions beside the shortcut is, while what enters the activation never is.
-        save_mask = residual is not None and act in _CLIPS
-        y, s1, s2, mask = _forward(u, mean, var, gamma, beta, eps, residual, act, stats, save_mask)
-        kept = residual if act not in (*_CLIPS, "none") else None
-        ctx.save_for_backward(u, mean, var, gamma, beta, kept, mask if save_mask else None)
-        ctx.rest = eps, act, stats
+        save_mask = residual is not None and layer.clips
+        y, s1, s2, mask = _forward(u, residual, Outputs(stats, save_mask), layer)
+        kept = residual if layer.act not in ("none", "relu", "relu6") else None
+        mean, var, gamma, beta, eps, act, scale, zero_point, *rest = flat
+        ctx.save_for_backward(u, kept, mask if save_mask else None, mean, var, gamma, beta, scale, zero_point)
+        ctx.rest = eps, act, rest, stats
         return y, s1, s2
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_y: Tensor | None, grad_s1: Tensor | None, grad_s2: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        u, mean, var, gamma, beta, residual, mask = ctx.saved_tensors
-        eps, act, stats = ctx.rest
-        need_u, _, _, need_gamma, need_beta, _, need_residual, *_ = ctx.needs_input_grad
-        grad_s1, grad_s2 = (None, None) if stats is None else _pair(grad_s1, grad_s2)
-        if grad_y is None and grad_s1 is None:
-            return (None,) * 9
-        dr = None
-        if need_residual and act == "none":
-            dr, need_residual = grad_y, False
-        du, other, dgamma, dbeta = _Backward.apply(
-            *(u, grad_y, grad_s1, grad_s2, mean, var, gamma, beta, eps, residual, mask, act),
-            *(need_u, need_residual, need_gamma or need_beta),
-        )
-        if grad_y is None:
-            return (du if need_u else None, *(None,) * 8)
-        dr = other if need_residual else dr
-        affine = dgamma if need_gamma else None, dbeta if need_beta else None
-        return (du if need_u else None, None, None, *affine, None, dr, None, None)
+    def backward(ctx: Any, grad_y: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+        u, residual, mask, *norm, scale, zero_point = ctx.saved_tensors
+        eps, act, rest, stats = ctx.rest
+        need_u, need_residual, _, _, _, need_gamma, need_beta, *others = ctx.needs_input_grad
+        grads = grad_y, *((None, None) if stats is None else pair(*grad_sums))
+        du = dr = dgamma = dbeta = None
+        if grad_y is not None or grads[1] is not None:
+            passed = need_residual and mask is None and act == "none"  # what passes everywhere needs no writing again
+            needs = need_u, need_residual and not passed, need_gamma or need_beta
+            # Only where a graph of the gradient is made does a function of its own say what cannot be had.
+            run = _Backward.apply if torch.is_grad_enabled() else _backward
+            found = run(u, residual, mask, *grads, *needs, *norm, eps, act, scale, zero_point, *rest)
+            du = found[0] if need_u else None
+            if grad_y is not None:
+                dr = grad_y if passed else found[1] if need_residual else None
+                dgamma, dbeta = found[2] if need_gamma else None, found[3] if need_beta else None
+        return du, dr, None, None, None, dgamma, dbeta, *[None] * len(others)
 
 
 class _Backward(torch.autograd.Function):
-    """The backward as a function of its own, which says what it is that it cannot do."""
-
     @staticmethod
-    def forward(ctx: Any, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _backward(u, *rest)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _backward(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise NotImplementedError("bn_act: a gradient must be taken once, got a gradient of the gradient")
 
 
-class _ChannelSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, mean: Tensor, stats: str) -> tuple[Tensor, Tensor]:
-        _wants_undefined(ctx)
-        ctx.save_for_backward(u, mean)
-        return _op_sums(u, mean, stats)
-
-    @staticmethod
-    def backward(ctx: Any, grad_s1: Tensor | None, grad_s2: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, mean = ctx.saved_tensors
-        grad_s1, grad_s2 = _pair(grad_s1, grad_s2)
-        if grad_s1 is None:
-            return None, None, None
-        return _SumsBackward.apply(u, mean, grad_s1, grad_s2), None, None
+def _check_residual(residual: Tensor | None, u: Tensor) -> None:
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"bn_act: residual must be a tensor, got {type(residual).__name__}")
+    if residual.dtype is not u.dtype:
+        raise TypeError(f"bn_act: residual must be {u.dtype} as u is, got {residual.dtype}")
+    if residual.shape != u.shape:
+        raise ValueError(f"bn_act: residual must have u's shape {tuple(u.shape)}, got {tuple(residual.shape)}")
+    if residual.device != u.device:
+        raise ValueError(f"bn_act: residual must be on {u.device}, got {residual.device}")
 
 
-class _SumsBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, mean: Tensor, grad_s1: Tensor, grad_s2: Tensor) -> Tensor:
-        return _op_sums_backward(u, mean, grad_s1, grad_s2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError("channel_sums: a gradient must be taken once, got a gradient of the gradient")
-
-
-def _check_input(op: str, u: Tensor) -> None:
-    if not isinstance(u, Tensor) or u.dtype not in COMPUTE:
-        got = u.dtype if isinstance(u, Tensor) else type(u).__name__
-        raise TypeError(f"{op}: u must be a float32, float16, bfloat16 or float64 tensor, got {got}")
-    if u.dim() < 2:
-        raise ValueError(f"{op}: u must have shape (N, C, ...), got {tuple(u.shape)}")
-
-
-def _check_channels(op: str, u: Tensor, **parameters: Tensor | None) -> list[Tensor | None]:
-    """The parameters, contiguous."""
-    for name, t in parameters.items():
-        if t is None:
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
-        if t.dtype is not COMPUTE[u.dtype]:
-            raise TypeError(f"{op}: {name} must be {COMPUTE[u.dtype]} for {u.dtype} u, got {t.dtype}")
-        if t.shape != u.shape[1:2]:
-            raise ValueError(f"{op}: {name} must have shape ({u.size(1)},), got {tuple(t.shape)}")
-        if t.device != u.device:
-            raise ValueError(f"{op}: {name} must be on {u.device}, got {t.device}")
-    return [None if t is None else t.contiguous() for t in parameters.values()]
+def _checked_quant(quant: tuple[Tensor, Tensor, int, int] | None, grad: str, u: Tensor) -> Quant | None:
+    if grad not in QUANT_GRADS:
+        raise ValueError(
+            f"bn_act: quant_grad must be one of {', '.join(QUANT_GRADS)}, got {grad!r}; a step that learns (lsq) "
+            "needs fake_quant behind bn_act"
+        )
+    if quant is None:
+        return None
+    if not isinstance(quant, tuple) or len(quant) != 4:
+        got = f"{len(quant)} values" if isinstance(quant, tuple) else type(quant).__name__
+        raise TypeError(f"bn_act: quant must be None or a tuple (scale, zero_point, qmin, qmax), got {got}")
+    scale, zero_point, qmin, qmax = quant
+    checks.code_range("bn_act", qmin, qmax)
+    scale, zero_point, _ = checks.grid("bn_act", "u", u, scale, zero_point, 1, u.dtype, learned=False)
+    return Quant(scale.detach(), zero_point, qmin, qmax, grad == "ste_clip")
 
 
 def bn_act(
@@ -232,12 +152,14 @@ def bn_act(
     *,
     residual: Tensor | None = None,
     act: str = "none",
+    quant: tuple[Tensor, Tensor, int, int] | None = None,
+    quant_grad: str = "ste_clip",
     stats: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Batch norm in eval mode, a shortcut and an activation; on request also the statistics of what entered.
+    """Batch norm in eval mode, a shortcut, an activation, a quantizer; on request the statistics of what entered.
 
         inv = 1 / sqrt(var + eps),     a = gamma * inv,     b = beta - mean * a
-        y = act(a * u + b + residual)
+        y = quant(act(a * u + b + residual))
         S1 = sum(u - mean),     S2 = sum((u - mean)^2)
 
     Computed in float32 (float64 for float64 u), each operation rounded once and in the order written, the result
@@ -250,7 +172,9 @@ def bn_act(
 
         du = a * g + 2 gS2 (u - mean) + gS1,     dresidual = g,     dbeta = sum g,     dgamma = sum g (u - mean) * inv
 
-    relu and relu6 pass it strictly inside their range. mean and var get none, and there is no second derivative.
+    relu and relu6 pass it strictly inside their range. mean, var and the quantizer's step get none, and there is no
+    second derivative. What enters the quantizer is rounded to u's dtype, so values and gradients have the bits of
+    `fake_quant` behind `bn_act`.
 
     Args:
         u: (N, C, ...), any strides; float32, float16, bfloat16, or float64 (on the reference and cpu backends).
@@ -259,6 +183,8 @@ def bn_act(
         eps: added to var, >= 0.
         residual: added before the activation; shape, dtype and device of u.
         act: "none", "relu", "relu6", "silu": v / (1 + exp(-v)), or "hardswish": v * clamp(v + 3, 0, 6) * (1 / 6).
+        quant: (scale, zero_point, qmin, qmax) of `fake_quant`; scale and zero_point (1,), or (C,), a grid per channel.
+        quant_grad: "ste_clip" passes the gradient where the quantizer does not clip, "ste" everywhere.
         stats: "batch" also returns the sums over each channel, (C,); "sample" over each channel of each sample, (N, C).
 
     Returns:
@@ -277,90 +203,21 @@ def bn_act(
         (tensor([[0., 0.],
                 [1., 2.]]), tensor([ 2., -2.]), tensor([ 4., 20.]))
     """
-    _check_input("bn_act", u)
+    check_input("bn_act", u)
     if act not in ACTS:
         raise ValueError(f"bn_act: act must be one of {', '.join(ACTS)}, got {act!r}")
     if stats is not None and stats not in STATS:
         raise ValueError(f"bn_act: stats must be None or one of {', '.join(STATS)}, got {stats!r}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"bn_act: eps must be >= 0 and finite, got {eps}")
-    if residual is not None:
-        if not isinstance(residual, Tensor):
-            raise TypeError(f"bn_act: residual must be a tensor, got {type(residual).__name__}")
-        if residual.dtype is not u.dtype:
-            raise TypeError(f"bn_act: residual must be {u.dtype} as u is, got {residual.dtype}")
-        if residual.shape != u.shape:
-            raise ValueError(f"bn_act: residual must have u's shape {tuple(u.shape)}, got {tuple(residual.shape)}")
-        if residual.device != u.device:
-            raise ValueError(f"bn_act: residual must be on {u.device}, got {residual.device}")
+    _check_residual(residual, u)
     if mean is None or var is None:
         raise TypeError(f"bn_act: {'mean' if mean is None else 'var'} must be a tensor, got NoneType")
-    mean, var, gamma, beta = _check_channels("bn_act", u, mean=mean, var=var, gamma=gamma, beta=beta)  # type: ignore
-    args = u, mean, var, gamma, beta, float(eps), residual, act, stats
+    mean, var, gamma, beta = check_channels("bn_act", u, mean=mean, var=var, gamma=gamma, beta=beta)
+    layer = Layer(Norm(mean, var, gamma, beta, float(eps)), act, _checked_quant(quant, quant_grad, u))
     trained = (t for t in (u, gamma, beta, residual) if t is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
-        y, s1, s2 = _BnAct.apply(*args)
+        y, s1, s2 = _BnAct.apply(u, residual, stats, *layer.flat)
     else:
-        y, s1, s2, _ = _forward(*args, False)
+        y, s1, s2, _ = _forward(u, residual, Outputs(stats), layer)
     return y if stats is None else (y, s1, s2)
-
-
-def channel_sums(u: Tensor, mean: Tensor, stats: str = "batch") -> tuple[Tensor, Tensor]:
-    """The sums of `bn_act` alone: reads u once, writes nothing of its size.
-
-        S1 = sum(u - mean),     S2 = sum((u - mean)^2)
-
-    Args:
-        u, mean: as for `bn_act`. mean gets no gradient.
-        stats: "batch" for sums over each channel, (C,); "sample" for each channel of each sample, (N, C).
-
-    Returns:
-        (S1, S2), in the dtype of mean.
-
-    Raises:
-        TypeError: a type or dtype is not as above.
-        ValueError: a shape, device or name is not as above.
-        NotImplementedError: the forced backend cannot run it; or a second derivative is asked for.
-
-    Example:
-        >>> channel_sums(torch.tensor([[1.0, -1.0], [3.0, 5.0]]), torch.tensor([1.0, 3.0]))
-        (tensor([ 2., -2.]), tensor([ 4., 20.]))
-    """
-    _check_input("channel_sums", u)
-    if stats not in STATS:
-        raise ValueError(f"channel_sums: stats must be one of {', '.join(STATS)}, got {stats!r}")
-    if mean is None:
-        raise TypeError("channel_sums: mean must be a tensor, got NoneType")
-    (mean,) = _check_channels("channel_sums", u, mean=mean)  # type: ignore[assignment]
-    if u.requires_grad and torch.is_grad_enabled():
-        return _ChannelSums.apply(u, mean, stats)
-    return _op_sums(u, mean, stats)
-
-
-def statistics_of(s1: Tensor, s2: Tensor, count: int | Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The data's mean and biased variance from the sums of `bn_act` or `channel_sums`.
-
-        data_mean = mean + S1 / count,     data_var = S2 / count - (S1 / count)^2, never below zero
-
-    The sums add: those of several batches are those of all their data, if the counts are added too.
-
-    Args:
-        s1, s2: sums, (C,) or (N, C).
-        count: how many values of a channel were added up, > 0; a tensor, one per channel, is not checked.
-        mean: what they were shifted by, (C,).
-
-    Returns:
-        (data_mean, data_var), shaped like the sums, differentiable.
-
-    Raises:
-        ValueError: count is not positive.
-
-    Example:
-        >>> mean = torch.tensor([1.0, 3.0])
-        >>> statistics_of(*channel_sums(torch.tensor([[1.0, -1.0], [3.0, 5.0]]), mean), 2, mean)
-        (tensor([2., 2.]), tensor([1., 9.]))
-    """
-    if not isinstance(count, Tensor) and not count > 0:
-        raise ValueError(f"statistics_of: count must be > 0, got {count}")
-    shift = s1 / count
-    return mean + shift, (s2 / count - shift.square()).clamp_min(0)

@@ -1,6 +1,7 @@
 """What the ops of the fake_quant family ask of their arguments."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from zsq_ext.ops.layout import COMPUTE
 # Codes are computed in float32, which holds every integer up to here.
 _CODE_LIMIT = 2**24
 
+_V = TypeVar("_V")
+
 
 def compute_dtype(op: str, name: str, x: Any) -> torch.dtype:
     """The dtype that computes for x."""
@@ -18,6 +21,39 @@ def compute_dtype(op: str, name: str, x: Any) -> torch.dtype:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{op}: {name} must be a float32, float16, bfloat16 or float64 tensor, got {got}")
     return compute
+
+
+def one_each(op: str, name: str, values: _V | Sequence[_V], n: int) -> list[_V]:
+    """A list of n: the values, or n times the one."""
+    if not isinstance(values, Sequence):
+        return [values] * n
+    if len(values) != n:
+        raise ValueError(f"{op}: {name} must be one or one per tensor, got {len(values)} for {n} tensors")
+    return list(values)
+
+
+def several(op: str, name: str, tensors: Any, n: int | None = None) -> None:
+    """A list or tuple, of n."""
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{op}: {name} must be a list or tuple of tensors, got {type(tensors).__name__}")
+    if n is not None and len(tensors) != n:
+        raise ValueError(f"{op}: {name} must have {n} tensors, got {len(tensors)}")
+
+
+def tensors(op: str, name: str, tensors: Any, like: Sequence[Tensor] | None = None) -> None:
+    """Several tensors of one dtype and device, the first of `like`'s or their own, and of the shapes of `like`."""
+    several(op, name, tensors, None if like is None else len(like))
+    like = tensors if like is None else like
+    for i, (t, shaped) in enumerate(zip(tensors, like, strict=True)):
+        compute_dtype(op, f"{name}[{i}]", t)
+        if t.dtype is not like[0].dtype:
+            raise TypeError(f"{op}: {name}[{i}] must be {like[0].dtype} as tensors[0] is, got {t.dtype}")
+        if t.device != like[0].device:
+            raise ValueError(f"{op}: {name}[{i}] must be on {like[0].device}, got {t.device}")
+        if t.shape != shaped.shape:
+            raise ValueError(
+                f"{op}: {name}[{i}] must have shape {tuple(shaped.shape)} as tensors[{i}] has, got {tuple(t.shape)}"
+            )
 
 
 def code_range(op: str, qmin: int, qmax: int) -> None:
@@ -35,7 +71,15 @@ def dimension(op: str, name: str, x: Tensor, axis: int) -> int:
 
 
 def grid(
-    op: str, name: str, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, of: torch.dtype, learned: bool
+    op: str,
+    name: str,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    of: torch.dtype,
+    learned: bool,
+    labels: tuple[str, str] = ("scale", "zero_point"),
 ) -> tuple[Tensor, Tensor, int | None]:
     """(scale, zero_point, axis): contiguous, of one shape, and counted from the front.
 
@@ -43,27 +87,28 @@ def grid(
         name: what the caller calls x.
         of: the dtype of the values.
         learned: zero_point has scale's dtype.
+        labels: what the caller calls scale and zero_point.
     """
     if axis is not None:
         axis = dimension(op, name, x, axis)
     channels = 1 if axis is None else x.size(axis)
-    for label, t in (("scale", scale), ("zero_point", zero_point)):
+    for label, t in zip(labels, (scale, zero_point), strict=True):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {label} must be a tensor, got {type(t).__name__}")
-        dtype = COMPUTE[of] if label == "scale" or learned else torch.int32
+        dtype = COMPUTE[of] if t is scale or learned else torch.int32
         if t.dtype is not dtype:
-            under = " under lsq_plus" if learned and label == "zero_point" else ""
+            under = " under lsq_plus" if learned and t is zero_point else ""
             raise TypeError(f"{op}: {label} must be {dtype} for {of} {name}{under}, got {t.dtype}")
         if t.dim() == 2 and axis == 0 and t.size(0) == channels:
             _check_groups(op, label, x, t)
-        elif t.dim() != 1 or t.size(0) not in (1, channels):
+        elif t.dim() != 1 or t.numel() not in (1, channels):
             shapes = "(1,)" if axis is None else f"(1,) or ({channels},)"
             shapes = f"(1,), ({channels},) or ({channels}, G)" if axis == 0 else shapes
             raise ValueError(f"{op}: {label} must have shape {shapes}, got {tuple(t.shape)}")
         if t.device != x.device:
             raise ValueError(f"{op}: {label} must be on {x.device}, got {t.device}")
     if scale.shape != zero_point.shape:
-        scale, zero_point = _alike(op, scale, zero_point)
+        scale, zero_point = _alike(op, labels, scale, zero_point)
     return scale.contiguous(), zero_point.contiguous(), axis
 
 
@@ -73,10 +118,12 @@ def _check_groups(op: str, label: str, x: Tensor, t: Tensor) -> None:
         raise ValueError(f"{op}: {label} must have groups that divide the {length} elements of a channel, got {groups}")
 
 
-def _alike(op: str, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-    for t, other in ((scale, zero_point), (zero_point, scale)):
-        if t.shape == (1,):
-            return (t.expand_as(other), other) if t is scale else (other, t.expand_as(other))
+def _alike(op: str, labels: tuple[str, str], scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    if scale.shape == (1,):
+        return scale.expand_as(zero_point), zero_point
+    if zero_point.shape == (1,):
+        return scale, zero_point.expand_as(scale)
     raise ValueError(
-        f"{op}: zero_point must have shape (1,) or scale's shape {tuple(scale.shape)}, got {tuple(zero_point.shape)}"
+        f"{op}: {labels[1]} must have shape (1,) or {labels[0]}'s shape {tuple(scale.shape)}, "
+        f"got {tuple(zero_point.shape)}"
     )

@@ -20,8 +20,8 @@ def _fake_dequantize(code: Tensor, scale: Tensor, zero_point: Tensor, axis: int 
     return empty_for(code, scale, dtype)
 
 
-def _kind_of_values(code: Tensor, *rest: Any) -> tuple[str, torch.dtype]:
-    return code.device.type, rest[-1]
+def _kind_of_values(code: Tensor, *rest: Any) -> tuple[torch.device, torch.dtype]:
+    return code.device, rest[-1]
 
 
 _quantize = backend.define(

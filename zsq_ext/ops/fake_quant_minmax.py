@@ -80,36 +80,10 @@ def _per_tensor(tensors: Sequence[Tensor], axes: list[int], *of_all: Tensor) -> 
     return [t.split(channels) for t in of_all]
 
 
-def _one_each(name: str, values: int | Sequence[int], tensors: Sequence[Tensor]) -> list[int]:
-    if not isinstance(values, Sequence):
-        return [values] * len(tensors)
-    if len(values) != len(tensors):
-        raise ValueError(
-            f"fake_quant_minmax: {name} must be one or one per tensor, got {len(values)} for {len(tensors)} tensors"
-        )
-    return list(values)
-
-
-def _check_tensors(name: str, tensors: Any, like: Sequence[Tensor]) -> None:
-    """Tensors of one dtype and device; like[i] has the shape of tensors[i]."""
-    if not isinstance(tensors, (list, tuple)):
-        raise TypeError(f"fake_quant_minmax: {name} must be a list or tuple of tensors, got {type(tensors).__name__}")
-    if len(tensors) != len(like):
-        raise ValueError(f"fake_quant_minmax: {name} must have {len(like)} tensors, got {len(tensors)}")
-    for i, (t, shaped) in enumerate(zip(tensors, like, strict=True)):
-        label = f"{name}[{i}]"
-        checks.compute_dtype("fake_quant_minmax", label, t)
-        if t.dtype is not like[0].dtype:
-            raise TypeError(f"fake_quant_minmax: {label} must be {like[0].dtype} as tensors[0] is, got {t.dtype}")
-        if t.device != like[0].device:
-            raise ValueError(f"fake_quant_minmax: {label} must be on {like[0].device}, got {t.device}")
-        if t.shape != shaped.shape:
-            raise ValueError(
-                f"fake_quant_minmax: {label} must have shape {tuple(shaped.shape)} as tensors[{i}] has, "
-                f"got {tuple(t.shape)}"
-            )
+def _check_filled(name: str, tensors: Sequence[Tensor]) -> None:
+    for i, t in enumerate(tensors):
         if t.numel() == 0:
-            raise ValueError(f"fake_quant_minmax: {label} must not be empty, got shape {tuple(t.shape)}")
+            raise ValueError(f"fake_quant_minmax: {name}[{i}] must not be empty, got shape {tuple(t.shape)}")
 
 
 def fake_quant_minmax(
@@ -161,10 +135,16 @@ def fake_quant_minmax(
 
     Source: the min-max weight quantizer of ZeroQ, GDFQ, IntraQ, HAST and SynQ, with the scale written as a step.
     """
-    _check_tensors("tensors", tensors, tensors if isinstance(tensors, (list, tuple)) else ())
+    checks.tensors("fake_quant_minmax", "tensors", tensors)
+    _check_filled("tensors", tensors)
     if grad not in _GRADS:
         raise ValueError(f"fake_quant_minmax: grad must be one of {', '.join(_GRADS)}, got {grad!r}")
-    how = _How(_one_each("bits", bits, tensors), _one_each("axis", axis, tensors), symmetric)
+    n = len(tensors)
+    how = _How(
+        checks.one_each("fake_quant_minmax", "bits", bits, n),
+        checks.one_each("fake_quant_minmax", "axis", axis, n),
+        symmetric,
+    )
     for b in how.bits:
         if not isinstance(b, int) or not 2 <= b <= 8:
             raise ValueError(f"fake_quant_minmax: bits must be an integer from 2 to 8, got {b!r}")
@@ -173,7 +153,7 @@ def fake_quant_minmax(
 
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *(out or ())))
     if out is not None:
-        _check_tensors("out", out, tensors)
+        checks.tensors("fake_quant_minmax", "out", out, tensors)
         if with_grad:
             raise ValueError("fake_quant_minmax: out must be None where a gradient is taken, got tensors")
     if not tensors:

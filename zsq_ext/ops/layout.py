@@ -45,8 +45,14 @@ def is_dense(t: Tensor) -> bool:
 
 def empty_for(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result of x's shape: ordered as x is, but contiguous where scale has groups (C, G)."""
-    order = torch.contiguous_format if scale.dim() == 2 else torch.preserve_format
-    return torch.empty_like(x, dtype=dtype, memory_format=order)
+    if scale.dim() != 2:
+        return torch.empty_like(x, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def dense_for(t: Tensor, scale: Tensor) -> bool:
+    """Whether t's memory is as a kernel wants it under scale: dense, and contiguous where scale has groups."""
+    return t.is_contiguous() if scale.dim() == 2 else is_dense(t)
 
 
 def head(first: Tensor | Sequence[Tensor]) -> Tensor:
@@ -82,6 +88,13 @@ def sliced(t: Tensor, axis: int) -> bool:
 def empty_sliced(t: Tensor, axis: int) -> Tensor:
     """Memory for a tensor of t's shape that is `sliced`: in t's own order where that is."""
     return torch.empty_like(t) if sliced(t, axis) else t.new_empty(t.movedim(axis, 0).shape).movedim(0, axis)
+
+
+def rows_along(x: Tensor, axis: int | None) -> Tensor:
+    """x in memory that is `sliced` along axis, or dense for None."""
+    if axis is None:
+        return x if is_dense(x) else x.contiguous()
+    return x if sliced(x, axis) else empty_sliced(x, axis).copy_(x)
 
 
 # kernels/bn_act.h holds the same codes.

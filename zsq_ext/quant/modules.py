@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zsq_ext.ops import fake_quant
 from zsq_ext.quant.ranges import affine_params, ema_update, ema_update_legacy, ema_value, lp_search, min_max
+
+
+class _Grid(NamedTuple):
+    """A grid, and the state of the range that it was computed from."""
+
+    grid: tuple[Tensor, Tensor, int, int]
+    buffers: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class WeightQuantizer(nn.Module):
@@ -67,6 +77,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.name, self.bits, self.range_kind, self.beta = name, bits, range_kind, beta
         self.observing = False
+        self._grid: _Grid | None = None
         # lo and hi hold what the kind of range accumulates: raw averages, the released recursion, or extremes
         self.register_buffer("lo", torch.zeros(1))
         self.register_buffer("hi", torch.zeros(1))
@@ -74,7 +85,7 @@ class ActivationQuantizer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy belongs to no calibrating(), so nothing would ever switch it off
-        return {**self.__dict__, "observing": False}
+        return {**self.__dict__, "observing": False, "_grid": None}
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -116,7 +127,22 @@ class ActivationQuantizer(nn.Module):
             dtype: of the tensor to quantize.
         """
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        lo, hi = (end.to(wide) for end in self.range())
+        buffers = self.lo, self.hi, self.batches
+        # A range that stands still would cost some 20 tiny operations at every forward. A compiler folds them itself,
+        # and an inference tensor neither counts its versions nor may be kept for training.
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or any(t.is_inference() for t in buffers):
+            return self._computed(wide)
+        versions, kept = tuple(t._version for t in buffers), self._grid
+        if kept and (kept.versions, kept.dtype) == (versions, wide) and all(map(operator.is_, kept.buffers, buffers)):
+            return kept.grid
+        grid = self._computed(wide)
+        if type(grid[0]) is Tensor:  # no stand-in of a tracer
+            self._grid = _Grid(grid, buffers, versions, wide)
+        return grid
+
+    @torch.no_grad()
+    def _computed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int]:
+        lo, hi = (end.to(dtype) for end in self.range())
         return affine_params(lo, hi, self.bits, signed=False, include_zero=True)
 
     def forward(self, x: Tensor) -> Tensor:

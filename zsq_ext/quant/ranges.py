@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from zsq_ext.ops import channel_range, fake_quant
+from zsq_ext.ops import channel_range, lp_error
 
 SMALLEST_RANGE = 1e-8
 """A narrower range counts as this wide, in units of x, so that a constant tensor has a scale."""
@@ -24,7 +24,7 @@ CLIP_RATIOS = tuple(i / 100 for i in range(100, 0, -1))
 
 
 def affine_params(
-    lo: Tensor, hi: Tensor, bits: int, *, signed: bool, include_zero: bool
+    lo: Tensor, hi: Tensor, bits: int, *, signed: bool, include_zero: bool, symmetric: bool = False
 ) -> tuple[Tensor, Tensor, int, int]:
     """Scale and zero-point of the uniform asymmetric quantizer whose grid spans [lo, hi].
 
@@ -40,6 +40,8 @@ def affine_params(
         bits: code width, 2 to 8.
         signed: codes in [-2^(bits-1), 2^(bits-1) - 1] instead of [0, 2^bits - 1].
         include_zero: widen the range to lo <= 0 <= hi first. Activations need it: padding must be exact.
+        symmetric: widen the range to [-m, m] with m = max(|lo|, |hi|) first. Then zero_point is qmin + 2^(bits-1), so 0
+            for signed codes, which is the formula's tie.
 
     Returns:
         scale (fp32, or fp64 for fp64 ranges), zero_point (int32), both (1,) or (C,), and the ints qmin, qmax.
@@ -66,11 +68,16 @@ def affine_params(
     qmax = qmin + 2**bits - 1
     if include_zero:
         lo, hi = lo.clamp_max(0), hi.clamp_min(0)
+    if symmetric:
+        hi = torch.maximum(lo.abs(), hi.abs())
+        lo = -hi
     width = (hi - lo).clamp_min(SMALLEST_RANGE)
     # a tensor divisor, because CUDA turns division by a Python number into a multiplication by its inverse
     scale = width / torch.full_like(width, qmax - qmin)
     scale = torch.maximum(scale, torch.maximum(lo.abs(), hi.abs()) * FINEST_SCALE)
-    zero_point = (qmin - torch.round(lo / scale)).to(torch.int32)
+    # a quotient of a symmetric range may come out just beside the tie
+    steps = torch.full_like(lo, -(2 ** (bits - 1))) if symmetric else torch.round(lo / scale)
+    zero_point = (qmin - steps).to(torch.int32)
     return scale, zero_point, qmin, qmax
 
 
@@ -90,6 +97,32 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     """
     _check_values(x, axis, "min_max")
     return channel_range(x, axis)
+
+
+def abs_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """The range as wide on either side of 0 that holds a tensor, or each channel along `axis`.
+
+        (-m, m) with m = max |x|
+
+    Args:
+        x, axis: as for `min_max`.
+
+    Returns:
+        (lo, hi), each (1,) or (C,), detached, fp32 (fp64 for fp64 x).
+
+    Raises:
+        ValueError: x empty, or axis not an axis of x.
+        TypeError: x not floating point.
+
+    Example:
+        >>> lo, hi = abs_max(torch.tensor([[-1.5, 0.5], [0.25, 0.75]]), axis=0)
+        >>> affine_params(lo, hi, 2, signed=True, include_zero=True, symmetric=True)
+        (tensor([1.0000, 0.5000]), tensor([0, 0], dtype=torch.int32), -2, 1)
+    """
+    _check_values(x, axis, "abs_max")
+    lo, hi = channel_range(x, axis)
+    m = torch.maximum(lo.abs(), hi.abs())
+    return -m, m
 
 
 def percentile(x: Tensor, percent: float = 99.99, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -127,6 +160,7 @@ def lp_search(
     axis: int | None = None,
     signed: bool,
     include_zero: bool,
+    symmetric: bool = False,
     start: tuple[Tensor, Tensor] | None = None,
     ratios: Iterable[float] = CLIP_RATIOS,
 ) -> tuple[Tensor, Tensor]:
@@ -134,22 +168,22 @@ def lp_search(
 
         r* = argmin_r  mean |x - Q_{r lo, r hi}(x)|^p,     result (r* lo, r* hi)
 
-    Where two ratios tie, the earlier one (the wider range) is kept.
+    Where two ratios tie, the earlier one (the wider range) is kept; the unshrunken one where no error is finite. The
+    errors are those of `zsq_ext.ops.lp_error`, which tries all ratios in one read of x and says how exact they are.
 
     Args:
         x: values, any non-empty shape, floating point.
-        bits, signed, include_zero: the quantizer, as for `affine_params`.
-        p: the norm's exponent, > 0; 2 is the mean squared error, 2.4 what BRECQ and Genie use.
+        bits, signed, include_zero, symmetric: the quantizer, as for `affine_params`.
+        p: the norm's exponent, above 0 and at most 16; 2 is the mean squared error, 2.4 what BRECQ and Genie use.
         axis: the channel axis, one ratio per channel; None takes the whole tensor.
-        start: (lo, hi), (1,) or (C,), to shrink instead of the extremes of x, for instance (-m, m) with
-            m = max |x|. The zero-point of such a symmetric range is a rounding tie: take only its scale.
+        start: (lo, hi), (1,) or (C,), to shrink instead of the extremes of x.
         ratios: the factors r to try, in order.
 
     Returns:
         (lo, hi), each (1,) or (C,), detached, for `affine_params`.
 
     Raises:
-        ValueError: p not positive, no ratios, x empty, bits or axis out of range.
+        ValueError: p out of range, no ratios, x empty, bits or axis out of range.
         TypeError: x not floating point.
 
     Source: BRECQ (arXiv 2102.05426) and Genie (arXiv 2212.04780), released code.
@@ -159,20 +193,20 @@ def lp_search(
     ratios = tuple(ratios)
     if not ratios:
         raise ValueError("lp_search: ratios must name at least one factor, got none")
-    rows = _wide(_rows(x, axis, "lp_search"), "lp_search", "x")
-    lo, hi = channel_range(rows, 0) if start is None else (_wide(t, "lp_search", "start").reshape(-1) for t in start)
-    best_lo, best_hi, best_error = lo, hi, torch.full_like(lo, math.inf)
-    for ratio in ratios:
-        scale, zero_point, qmin, qmax = affine_params(
-            lo * ratio, hi * ratio, bits, signed=signed, include_zero=include_zero
-        )
-        rounded = fake_quant(rows, scale, zero_point, qmin, qmax, axis=0)
-        error = rounded.sub_(rows).abs_().pow_(p).mean(1)
-        better = error < best_error
-        best_lo = torch.where(better, lo * ratio, best_lo)
-        best_hi = torch.where(better, hi * ratio, best_hi)
-        best_error = torch.where(better, error, best_error)
-    return best_lo, best_hi
+    _check_values(x, axis, "lp_search")
+    ends = channel_range(x, axis) if start is None else start
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    channels = 1 if axis is None else x.shape[axis]
+    lo, hi = (_wide(t, "lp_search", "start").to(dtype).reshape(-1).expand(channels)[:, None] for t in ends)
+    factors = torch.tensor(ratios, dtype=dtype).to(lo.device, non_blocking=True)  # does not wait for the device
+    lows, highs = lo * factors, hi * factors  # (C, ratios)
+    scale, zero_point, qmin, qmax = affine_params(
+        lows.flatten(), highs.flatten(), bits, signed=signed, include_zero=include_zero, symmetric=symmetric
+    )
+    error = lp_error(x, scale.view_as(lows), zero_point.view_as(lows), qmin, qmax, p, axis)
+    least, best = torch.where(error.isnan(), math.inf, error).min(1, keepdim=True)
+    lo, hi = (torch.where(least.isfinite(), t.gather(1, best), end) for t, end in ((lows, lo), (highs, hi)))
+    return lo[:, 0], hi[:, 0]
 
 
 def ema_update(

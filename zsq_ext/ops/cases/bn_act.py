@@ -1,12 +1,14 @@
 """The inputs that every backend of bn_act and channel_sums meets."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zsq_ext.ops.cases import LAYOUTS, ErrorCase
+from zsq_ext.ops.bn_act_spec import Grads, Layer, Needs, Norm, Outputs, Quant
+from zsq_ext.ops.cases import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,9 @@ class BnActCase:
     """One input of bn_act.
 
     `values` is what u holds: "normal" spreads what enters the activation over both ends of relu6; "edges" makes it
-    exactly 0, 3, -3 and 6 and their neighbours, "special" has NaN, infinities, zeros and the extremes of the dtype;
-    "offset" lies far from 0, so that sums which are not shifted lose everything.
+    exactly 0, 3, -3 and 6 and their neighbours, "ties" multiples of half the quantizer's step and their neighbours;
+    "special" has NaN, infinities, zeros and the extremes of the dtype; "offset" lies far from 0, so that sums which are
+    not shifted lose everything. `quant` is one grid for the "tensor" or for each "channel", which clips at both ends.
     """
 
     name: str
@@ -28,6 +31,8 @@ class BnActCase:
     values: str = "normal"
     layout: str = "contiguous"
     residual_layout: str = "contiguous"
+    quant: str | None = None
+    quant_grad: str = "ste_clip"
 
     @property
     def compute(self) -> torch.dtype:
@@ -52,7 +57,7 @@ class BnActCase:
         eps = 1e-5
         if self.values == "offset":
             mean = mean + 1000
-        if self.values == "edges":  # a = 1 and b = 0, so that u itself, and u plus the residual, enter the activation
+        if self.values in ("edges", "ties"):  # a = 1, b = 0: u itself, and u plus the residual, enter the activation
             mean, var, gamma, beta, eps = mean * 0, var * 0 + 1, gamma * 0 + 1, beta * 0, 0.0
         u, r = self._u(mean, var, rng).to(self.dtype), None
         if self.residual:
@@ -67,8 +72,40 @@ class BnActCase:
             "eps": eps,
             "residual": r,
             "act": self.act,
+            "quant": self._grid(rng, device),
+            "quant_grad": self.quant_grad,
             "stats": self.stats,
         }
+
+    def _grid(self, rng: torch.Generator, device: str) -> tuple[Tensor, Tensor, int, int] | None:
+        if self.quant is None:
+            return None
+        grids = self.shape[1] if self.quant == "channel" else 1
+        scale = torch.rand(grids, generator=rng, dtype=self.compute) * 0.4 + 0.1
+        zero_point = torch.randint(-3, 4, (grids,), generator=rng, dtype=torch.int32)
+        return (scale * 0 + 0.5 if self.values == "ties" else scale).to(device), zero_point.to(device), -4, 5
+
+    @property
+    def saves_mask(self) -> bool:
+        """Whether a training forward leaves bits behind."""
+        clips = self.act == "none" and self.quant is not None and self.quant_grad == "ste_clip"
+        return self.residual and (clips or self.act in ("relu", "relu6"))
+
+    def told(self, device: str = "cpu", mask: bool = False) -> tuple[Tensor, Tensor | None, Layer, Outputs]:
+        """What a backend's bn_act is given."""
+        args = self.args(device)
+        norm = Norm(*(args[k] for k in ("mean", "var", "gamma", "beta", "eps")))
+        quant = None
+        if args["quant"] is not None:
+            scale, zero_point, qmin, qmax = args["quant"]
+            quant = Quant(scale, zero_point, qmin, qmax, self.quant_grad == "ste_clip")
+        return args["u"], args["residual"], Layer(norm, self.act, quant), Outputs(self.stats, mask)
+
+    def told_backward(self, mask: Tensor | None, device: str = "cpu") -> tuple[Any, ...]:
+        """What a backend's bn_act_backward is given after a forward that left this mask, all gradients wanted."""
+        u, residual, layer, _ = self.told(device)
+        mask, residual = (mask, None) if self.saves_mask else (None, residual)
+        return u, residual, mask, Grads(*self.grads(device)), layer, Needs(True, self.residual, True)
 
     def grads(self, device: str = "cpu", seed: int = 1) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Upstream gradients of y, S1 and S2, contiguous; those of the sums are small, as a mean's are."""
@@ -87,8 +124,9 @@ class BnActCase:
             odd = [torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, info.max, info.min, info.tiny, -info.tiny]
             odd += [info.tiny * info.eps, 1.0, -1.0, 88.5, -88.5, 89.0, -89.0, 104.0, -104.0]
             return torch.tensor(odd, dtype=mean.dtype)[torch.randint(len(odd), self.shape, generator=rng)]
-        if self.values == "edges":
-            at = torch.tensor([0.0, -0.0, 3.0, -3.0, 6.0], dtype=self.dtype)
+        if self.values in ("edges", "ties"):
+            exact = [0.0, -0.0, 3.0, -3.0, 6.0] if self.values == "edges" else [k / 4 for k in range(-12, 13)]
+            at = torch.tensor(exact, dtype=self.dtype)
             x = at[torch.randint(len(at), self.shape, generator=rng)]
             return torch.nextafter(x, x + torch.randint(-1, 2, self.shape, generator=rng).to(self.dtype))
         spread = torch.randn(self.shape, generator=rng, dtype=mean.dtype) * 2
@@ -165,75 +203,41 @@ def _cases() -> list[BnActCase]:
     return cases
 
 
-BN_ACT = tuple(_cases())
+def _quantized() -> list[BnActCase]:
+    cases = []
+    for act in ("none", "relu", "relu6", "silu", "hardswish"):
+        cases += [
+            BnActCase(f"quant_{act}", act=act, quant="tensor"),
+            BnActCase(f"quant_{act}_residual", act=act, residual=True, quant="channel", stats="sample"),
+            BnActCase(f"quant_{act}_residual_ste", act=act, residual=True, quant="tensor", quant_grad="ste"),
+        ]
+    last = partial(BnActCase, layout="channels_last", residual_layout="channels_last", shape=(2, 21, 5, 3))
+    cases += [
+        BnActCase("quant_ties", act="none", values="ties", quant="tensor"),
+        BnActCase("quant_ties_residual", values="ties", residual=True, quant="channel"),
+        BnActCase("quant_nan_inf", values="special", quant="tensor"),
+        BnActCase("quant_nan_inf_residual", act="none", values="special", residual=True, quant="channel"),
+        BnActCase("quant_ste", stats=None, quant="channel", quant_grad="ste"),
+        last("quant_channels_last", quant="channel", residual=True),
+        last("quant_channels_last_tensor", act="relu6", quant="tensor"),
+        BnActCase("quant_one_place", shape=(6, 11), act="none", quant="channel", residual=True),
+        BnActCase("quant_tail", shape=(3, 5, 7, 7), quant="channel", residual=True),
+        BnActCase("quant_strided", layout="strided", residual=True, residual_layout="expanded", quant="tensor"),
+        BnActCase("quant_empty", shape=(0, 8, 6, 6), residual=True, quant="channel"),
+        BnActCase("quant_threads", shape=(3, 40, 41, 41), residual=True, quant="channel"),
+        BnActCase("quant_fp64", dtype=torch.float64, residual=True, quant="channel"),
+        BnActCase("quant_fp64_none", dtype=torch.float64, act="none", quant="tensor"),
+    ]
+    for dtype, label in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+        cases += [
+            BnActCase(f"quant_{label}", dtype=dtype, quant="tensor"),
+            BnActCase(f"quant_{label}_ties", dtype=dtype, act="none", values="ties", quant="tensor", residual=True),
+            last(f"quant_{label}_channels_last", dtype=dtype, act="relu6", quant="channel", residual=True),
+        ]
+    return cases
 
-# The good call: u float32 [2, 4, 3], the rest [4], eps 1e-5.
-BN_ACT_ERRORS = (
-    ErrorCase(
-        "u_integer",
-        TypeError,
-        "bn_act: u must be a float32, float16, bfloat16 or float64 tensor, got torch.int32",
-        {"u": torch.zeros(2, 4, 3, dtype=torch.int32)},
-    ),
-    ErrorCase(
-        "u_list", TypeError, "bn_act: u must be a float32, float16, bfloat16 or float64 tensor, got list", {"u": [1.0]}
-    ),
-    ErrorCase("u_1d", ValueError, "bn_act: u must have shape (N, C, ...), got (4,)", {"u": torch.zeros(4)}),
-    ErrorCase("mean_none", TypeError, "bn_act: mean must be a tensor, got NoneType", {"mean": None}),
-    ErrorCase("var_number", TypeError, "bn_act: var must be a tensor, got float", {"var": 1.0}),
-    ErrorCase("gamma_shape", ValueError, "bn_act: gamma must have shape (4,), got (3,)", {"gamma": torch.ones(3)}),
-    ErrorCase(
-        "mean_shape", ValueError, "bn_act: mean must have shape (4,), got (1, 4, 1)", {"mean": torch.ones(1, 4, 1)}
-    ),
-    ErrorCase(
-        "beta_dtype",
-        TypeError,
-        "bn_act: beta must be torch.float32 for torch.float32 u, got torch.float16",
-        {"beta": torch.zeros(4, dtype=torch.float16)},
-    ),
-    ErrorCase(
-        "mean_dtype_of_fp64",
-        TypeError,
-        "bn_act: mean must be torch.float64 for torch.float64 u, got torch.float32",
-        {"u": torch.zeros(2, 4, 3, dtype=torch.float64), "residual": None},
-    ),
-    ErrorCase("var_device", ValueError, "bn_act: var must be on cpu, got meta", {"var": torch.ones(4, device="meta")}),
-    ErrorCase("eps_negative", ValueError, "bn_act: eps must be >= 0 and finite, got -1.0", {"eps": -1.0}),
-    ErrorCase("eps_nan", ValueError, "bn_act: eps must be >= 0 and finite, got nan", {"eps": float("nan")}),
-    ErrorCase(
-        "act_name", ValueError, "bn_act: act must be one of none, relu, relu6, silu, hardswish, got None", {"act": None}
-    ),
-    ErrorCase(
-        "stats_name", ValueError, "bn_act: stats must be None or one of batch, sample, got 'all'", {"stats": "all"}
-    ),
-    ErrorCase("residual_number", TypeError, "bn_act: residual must be a tensor, got float", {"residual": 0.0}),
-    ErrorCase(
-        "residual_dtype",
-        TypeError,
-        "bn_act: residual must be torch.float32 as u is, got torch.float64",
-        {"residual": torch.zeros(2, 4, 3, dtype=torch.float64)},
-    ),
-    ErrorCase(
-        "residual_shape",
-        ValueError,
-        "bn_act: residual must have u's shape (2, 4, 3), got (2, 4, 1)",
-        {"residual": torch.zeros(2, 4, 1)},
-    ),
-    ErrorCase(
-        "residual_device",
-        ValueError,
-        "bn_act: residual must be on cpu, got meta",
-        {"residual": torch.zeros(2, 4, 3, device="meta")},
-    ),
-)
 
-# The good call: u float32 [2, 4, 3], mean [4].
-CHANNEL_SUMS_ERRORS = (
-    ErrorCase("u_1d", ValueError, "channel_sums: u must have shape (N, C, ...), got (4,)", {"u": torch.zeros(4)}),
-    ErrorCase("mean_none", TypeError, "channel_sums: mean must be a tensor, got NoneType", {"mean": None}),
-    ErrorCase("mean_shape", ValueError, "channel_sums: mean must have shape (4,), got (2,)", {"mean": torch.ones(2)}),
-    ErrorCase("stats_name", ValueError, "channel_sums: stats must be one of batch, sample, got None", {"stats": None}),
-)
+BN_ACT = (*_cases(), *_quantized())
 
 # What the benchmark times: a block's end in the first ResNet-18 stage at batch 16, and a deep, narrow one.
 BN_ACT_BENCH = (
@@ -249,4 +253,5 @@ BN_ACT_BENCH = (
     BnActCase("bf16_16x64x56x56", shape=(16, 64, 56, 56), dtype=torch.bfloat16, residual=True),
     BnActCase("relu6_16x960x7x7", shape=(16, 960, 7, 7), act="relu6"),
     BnActCase("no_stats_16x64x56x56", shape=(16, 64, 56, 56), stats=None),
+    BnActCase("quant_16x64x56x56", shape=(16, 64, 56, 56), residual=True, stats=None, quant="tensor"),
 )

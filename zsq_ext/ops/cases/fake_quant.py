@@ -355,3 +355,14 @@ FAKE_QUANT_BENCH = (
     FakeQuantCase("activation_bf16", shape=(16, 64, 56, 56), dtype=torch.bfloat16),
     FakeQuantCase("tiny_16", shape=(16,)),
 )
+# And activations of other networks: the first stages of ResNet-20 and -50, a late block of MobileNetV2.
+FAKE_QUANT_BENCH_LAYERS = (
+    FakeQuantCase("resnet20_64x16x32x32", shape=(64, 16, 32, 32), qmin=0, qmax=15, zero_point="inside"),
+    FakeQuantCase("resnet50_16x256x56x56", shape=(16, 256, 56, 56), qmin=0, qmax=15, zero_point="inside"),
+    FakeQuantCase("mobilenetv2_16x960x7x7", shape=(16, 960, 7, 7), qmin=0, qmax=15, zero_point="inside"),
+)
+# On a GPU also what no cache holds, per tensor and per channel.
+FAKE_QUANT_BENCH_LARGE = (
+    FakeQuantCase("large_2^28", shape=(1 << 28,)),
+    FakeQuantCase("large_2^28_channel", shape=(256, 1 << 20), axis=0),
+)

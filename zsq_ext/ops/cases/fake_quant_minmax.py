@@ -169,12 +169,29 @@ FAKE_QUANT_MINMAX_ERRORS = (
     ),
 )
 
-# The 21 weights of ResNet-18.
+# The weights of ResNet-18 and MobileNetV2 as torchvision defines them, and of 16 thin layers.
 _BLOCKS = [(64, 64), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (512, 256), (512, 512)]
 _CONVS = [shape for o, i in _BLOCKS for shape in ((o, i, 3, 3), (o, o, 3, 3), *([(o, i, 1, 1)] if o != i else []))]
-_RESNET18 = ((64, 3, 7, 7), *_CONVS, (1000, 512))
+RESNET18 = ((64, 3, 7, 7), *_CONVS, (1000, 512))
 
-FAKE_QUANT_MINMAX_BENCH = (
-    MinMaxCase("weights_resnet18", shapes=_RESNET18, bits=(4,) * 21, axes=(0,) * 21),
-    MinMaxCase("weights_of_16_thin_layers", shapes=((16, 16, 3, 3),) * 16, bits=(4,) * 16, axes=(0,) * 16),
+
+def _mobilenetv2() -> tuple[tuple[int, ...], ...]:
+    shapes: list[tuple[int, ...]] = [(32, 3, 3, 3)]
+    width = 32
+    for expansion, out, count in ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1)):
+        for _ in range(count):
+            hidden = width * expansion
+            shapes += [(hidden, width, 1, 1)] if expansion > 1 else []
+            shapes += [(hidden, 1, 3, 3), (out, hidden, 1, 1)]
+            width = out
+    return (*shapes, (1280, 320, 1, 1), (1000, 1280))
+
+
+FAKE_QUANT_MINMAX_BENCH = tuple(
+    MinMaxCase(f"weights_{name}", shapes=shapes, bits=(4,) * len(shapes), axes=(0,) * len(shapes))
+    for name, shapes in (
+        ("resnet18", RESNET18),
+        ("mobilenetv2", _mobilenetv2()),
+        ("of_16_thin_layers", ((16, 16, 3, 3),) * 16),
+    )
 )

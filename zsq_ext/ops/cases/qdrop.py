@@ -111,9 +111,9 @@ QDROP_ERRORS = (
 
 # What the benchmark times: activations of the first ResNet-18 stage at the batch of a reconstruction.
 QDROP_BENCH = (
-    QDropCase("activation_32x64x56x56", shape=(32, 64, 56, 56)),
+    QDropCase("activation_16x64x56x56", shape=(16, 64, 56, 56)),
     QDropCase(
-        "channels_last_32x64x56x56", shape=(32, 64, 56, 56), layout="channels_last", x_hat_layout="channels_last"
+        "channels_last_16x64x56x56", shape=(16, 64, 56, 56), layout="channels_last", x_hat_layout="channels_last"
     ),
-    QDropCase("bf16_32x64x56x56", shape=(32, 64, 56, 56), dtype=torch.bfloat16),
+    QDropCase("bf16_16x64x56x56", shape=(16, 64, 56, 56), dtype=torch.bfloat16),
 )

@@ -16,9 +16,11 @@ from zsq_ext.ops.native.fake_quant import (
     fake_quant_out,
     quantize,
 )
+from zsq_ext.ops.native.fake_quant_many import fake_quant_many, fake_quant_many_backward, fake_quant_many_out
 from zsq_ext.ops.native.fake_quant_minmax import fake_quant_minmax, fake_quant_minmax_out
 from zsq_ext.ops.native.heads import cam_map, cam_map_backward, count_active, distill_head, distill_head_backward
 from zsq_ext.ops.native.image import resize_crops, resize_crops_backward, view_images, view_images_backward
+from zsq_ext.ops.native.lp_error import lp_error
 from zsq_ext.ops.native.qdrop import qdrop, qdrop_backward
 
 __all__ = [
@@ -38,9 +40,13 @@ __all__ = [
     "fake_quant",
     "fake_quant_backward",
     "fake_quant_lsq_backward",
+    "fake_quant_many",
+    "fake_quant_many_backward",
+    "fake_quant_many_out",
     "fake_quant_minmax",
     "fake_quant_minmax_out",
     "fake_quant_out",
+    "lp_error",
     "module",
     "problem",
     "qdrop",

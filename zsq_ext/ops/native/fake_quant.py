@@ -5,19 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsq_ext.ops.layout import CODE_TYPE, DTYPE_CODE, channels_of, code_dtype, empty_for, in_layout_of, is_dense
+from zsq_ext.ops.layout import CODE_TYPE, DTYPE_CODE, channels_of, code_dtype, dense_for, empty_for, in_layout_of
 from zsq_ext.ops.native.call import Call, address
 
 
-def _fields(
-    grad: Tensor | None, x: Tensor, out: Tensor, grid: tuple[Any, ...], dtype: torch.dtype | None = None
+def fields(
+    grad: Tensor | None, x: Tensor, out: Tensor | None, grid: tuple[Any, ...], dtype: torch.dtype | None = None
 ) -> tuple[Any, ...]:
-    """The struct of the family. x, grad and out lie in memory alike; dtype is that of the values, x's if None."""
+    """The family's struct. x, grad and out lie in memory alike; dtype is that of the values, x's if None."""
     scale, zero_point, qmin, qmax, axis = grid
     learned = zero_point.dtype != torch.int32
     return (
-        *(address(grad), x.data_ptr(), out.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), learned),
-        *(x.numel(), *channels_of(out, scale, axis), qmin, qmax, DTYPE_CODE[dtype or x.dtype]),
+        *(address(grad), x.data_ptr(), address(out), scale.data_ptr(), zero_point.data_ptr(), learned),
+        *(x.numel(), *channels_of(x, scale, axis), qmin, qmax, DTYPE_CODE[dtype or x.dtype]),
     )
 
 
@@ -26,18 +26,18 @@ def fake_quant(
 ) -> Tensor:
     out = empty_for(x, scale)
     x = in_layout_of(out, x)  # by this name: a copy must live until the call is over
-    call("fake_quant", *_fields(None, x, out, (scale, zero_point, qmin, qmax, axis)))
+    call("fake_quant", *fields(None, x, out, (scale, zero_point, qmin, qmax, axis)))
     return out
 
 
 def fake_quant_out(
     call: Call, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None, out: Tensor
 ) -> None:
-    if not (out.is_contiguous() if scale.dim() == 2 else is_dense(out)):
+    if not dense_for(out, scale):
         out.copy_(fake_quant(call, x, scale, zero_point, qmin, qmax, axis))
         return
     x = in_layout_of(out, x)
-    call("fake_quant", *_fields(None, x, out, (scale, zero_point, qmin, qmax, axis)))
+    call("fake_quant", *fields(None, x, out, (scale, zero_point, qmin, qmax, axis)))
 
 
 def fake_quant_backward(
@@ -52,7 +52,7 @@ def fake_quant_backward(
 ) -> Tensor:
     out = empty_for(x, scale)
     x, grad = in_layout_of(out, x), in_layout_of(out, grad)
-    call("fake_quant", *_fields(grad, x, out, (scale, zero_point, qmin, qmax, axis)))
+    call("fake_quant", *fields(grad, x, out, (scale, zero_point, qmin, qmax, axis)))
     return out
 
 
@@ -71,8 +71,8 @@ def fake_quant_lsq_backward(
         return dx, torch.zeros_like(scale), torch.zeros_like(scale)
     dscale, dzero_point = torch.empty_like(scale), torch.empty_like(scale)
     x, grad = in_layout_of(dx, x), in_layout_of(dx, grad)
-    fields = _fields(grad, x, dx, (scale, zero_point, qmin, qmax, axis))
-    call.with_workspace("fake_quant_lsq_backward", fields, dscale.data_ptr(), dzero_point.data_ptr())
+    fq = fields(grad, x, dx, (scale, zero_point, qmin, qmax, axis))
+    call.with_workspace("fake_quant_lsq_backward", fq, dscale.data_ptr(), dzero_point.data_ptr())
     return dx, dscale, dzero_point
 
 
@@ -81,8 +81,8 @@ def quantize(
 ) -> Tensor:
     code = empty_for(x, scale, code_dtype(qmin, qmax))
     x = in_layout_of(code, x)
-    fields = _fields(None, x, code, (scale, zero_point, qmin, qmax, axis))
-    call("fake_quant_codes", fields, CODE_TYPE[code.dtype], False)
+    fq = fields(None, x, code, (scale, zero_point, qmin, qmax, axis))
+    call("fake_quant_codes", fq, CODE_TYPE[code.dtype], False)
     return code
 
 
@@ -91,6 +91,6 @@ def dequantize(
 ) -> Tensor:
     out = empty_for(code, scale, dtype)
     code = in_layout_of(out, code)
-    fields = _fields(None, code, out, (scale, zero_point, 0, 0, axis), dtype)
-    call("fake_quant_codes", fields, CODE_TYPE[code.dtype], True)
+    fq = fields(None, code, out, (scale, zero_point, 0, 0, axis), dtype)
+    call("fake_quant_codes", fq, CODE_TYPE[code.dtype], True)
     return out

@@ -17,9 +17,11 @@ from zsq_ext.ops.reference.fake_quant import (
     fake_quant_out,
     quantize,
 )
+from zsq_ext.ops.reference.fake_quant_many import fake_quant_many, fake_quant_many_backward, fake_quant_many_out
 from zsq_ext.ops.reference.fake_quant_minmax import fake_quant_minmax, fake_quant_minmax_out
 from zsq_ext.ops.reference.heads import cam_map, cam_map_backward, count_active, distill_head, distill_head_backward
 from zsq_ext.ops.reference.image import resize_crops, resize_crops_backward, view_images, view_images_backward
+from zsq_ext.ops.reference.lp_error import lp_error
 from zsq_ext.ops.reference.qdrop import qdrop, qdrop_backward
 
 __all__ = [
@@ -39,9 +41,13 @@ __all__ = [
     "fake_quant",
     "fake_quant_backward",
     "fake_quant_lsq_backward",
+    "fake_quant_many",
+    "fake_quant_many_backward",
+    "fake_quant_many_out",
     "fake_quant_minmax",
     "fake_quant_minmax_out",
     "fake_quant_out",
+    "lp_error",
     "missing",
     "qdrop",
     "qdrop_backward",

@@ -7,7 +7,9 @@ Shapes: u, y, residual and their gradients are [N, C, ...]; mean, var, gamma and
 import torch
 from torch import Tensor
 
+from zsq_ext.ops.bn_act_spec import Grads, Layer, Needs, Norm, Outputs
 from zsq_ext.ops.layout import arranged, channels_last, rows_of
+from zsq_ext.ops.reference.fake_quant import fake_quant, fake_quant_backward
 
 
 def _per_channel(t: Tensor, u: Tensor) -> Tensor:
@@ -15,11 +17,11 @@ def _per_channel(t: Tensor, u: Tensor) -> Tensor:
     return t.reshape(*t.shape[:-1], u.size(1), *[1] * (u.dim() - 2))
 
 
-def _normalised(
-    u: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _normalised(u: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """(v, a, inv): what enters the activation, and the channels' slopes. Every operation rounds once, in this order."""
-    inv = (var + eps).sqrt().reciprocal()
+    mean, var, gamma, beta, eps = norm
+    # in double: torch's float32 root, from a vector library, is off by a unit for 7 of 1000 numbers
+    inv = (var + eps).double().sqrt().to(var.dtype).reciprocal()
     a = (torch.ones_like(var) if gamma is None else gamma) * inv
     b = (torch.zeros_like(var) if beta is None else beta) - mean * a
     v = _per_channel(a, u) * u.to(mean.dtype) + _per_channel(b, u)
@@ -39,7 +41,9 @@ def _activated(v: Tensor, act: str) -> Tensor:
 
 
 def _passes(v: Tensor, act: str) -> Tensor:
-    """Where relu or relu6 lets a gradient through: strictly inside, and where v is NaN."""
+    """Where a clip lets a gradient through: strictly inside, and where v is NaN; where there is none, everywhere."""
+    if act == "none":
+        return torch.ones_like(v, dtype=torch.bool)
     return ~(v <= 0) if act == "relu" else ~((v <= 0) | (v >= 6))
 
 
@@ -94,60 +98,50 @@ def channel_sums_backward(u: Tensor, mean: Tensor, grad_s1: Tensor, grad_s2: Ten
     return arranged(_of_sums(u, mean, grad_s1, grad_s2).to(u.dtype), channels_last(u))
 
 
-def bn_act(
-    u: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    act: str,
-    stats: str | None,
-    save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bn_act(u: Tensor, residual: Tensor | None, layer: Layer, wanted: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, S1, S2, mask). What enters the quantizer is rounded to u's dtype first, as fake_quant would find it."""
+    norm, act, quant = layer
     last = channels_last(u)
-    v, _, _ = _normalised(u, mean, var, gamma, beta, eps, residual)
-    y = arranged(_activated(v, act).to(u.dtype), last)
-    s1, s2 = channel_sums(u, mean, stats) if stats else (mean.new_empty(0), mean.new_empty(0))
-    mask = _packed(_passes(v, act), *rows_of(u), last) if save_mask else u.new_empty(0, dtype=torch.uint8)
-    return y, s1, s2, mask
+    v, _, _ = _normalised(u, residual, norm)
+    y = _activated(v, act).to(u.dtype)
+    passing = _passes(v, act) if wanted.mask else None
+    if quant is not None:
+        if passing is not None and quant.clip:
+            passing &= fake_quant_backward(torch.ones_like(y), y, *quant.grid) != 0
+        y = fake_quant(y, *quant.grid)
+    mean, stats = norm.mean, wanted.stats
+    s1, s2 = (mean.new_empty(0), mean.new_empty(0)) if stats is None else channel_sums(u, mean, stats)
+    mask = u.new_empty(0, dtype=torch.uint8) if passing is None else _packed(passing, *rows_of(u), last)
+    return arranged(y, last), s1, s2, mask
 
 
 def bn_act_backward(
-    u: Tensor,
-    grad_y: Tensor | None,
-    grad_s1: Tensor | None,
-    grad_s2: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    act: str,
-    need_u: bool,
-    need_residual: bool,
-    need_affine: bool,
+    u: Tensor, residual: Tensor | None, mask: Tensor | None, grads: Grads, layer: Layer, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    last = channels_last(u)
+    """(du, dresidual, dgamma, dbeta), empty where they are not needed."""
+    norm, act, quant = layer
+    mean, last = norm.mean, channels_last(u)
     du, dr, dgamma, dbeta = u.new_empty(0), u.new_empty(0), mean.new_empty(0), mean.new_empty(0)
-    if grad_y is None:
-        if need_u and grad_s1 is not None and grad_s2 is not None:
-            du = channel_sums_backward(u, mean, grad_s1, grad_s2)
+    of_sums = None if grads.s1 is None or grads.s2 is None else _of_sums(u, mean, grads.s1, grads.s2)
+    if grads.y is None:
+        if needs.u and of_sums is not None:
+            du = arranged(of_sums.to(u.dtype), last)
         return du, dr, dgamma, dbeta
-    v, a, inv = _normalised(u, mean, var, gamma, beta, eps, residual)
-    g = grad_y.to(mean.dtype)
-    g = torch.where(_unpacked(mask, u), g, 0) if mask is not None else _through(g, v, act)
-    if need_u:
+    v, a, inv = _normalised(u, residual, norm)
+    g = grads.y.to(mean.dtype)
+    if mask is not None:
+        g = torch.where(_unpacked(mask, u), g, 0)
+    else:
+        if quant is not None and quant.clip:
+            g = fake_quant_backward(g, _activated(v, act).to(u.dtype), *quant.grid)
+        g = _through(g, v, act)
+    if needs.u:
         w = _per_channel(a, u) * g
-        if grad_s1 is not None and grad_s2 is not None:
-            w = w + _of_sums(u, mean, grad_s1, grad_s2)
+        w = w if of_sums is None else w + of_sums
         du = arranged(w.to(u.dtype), last)
-    if need_residual:
+    if needs.residual:
         dr = arranged(g.to(u.dtype, copy=True), last)
-    if need_affine:
+    if needs.affine:
         dbeta, dgamma = _sums(g, g * (u.to(mean.dtype) - _per_channel(mean, u)), "batch")
         dgamma = dgamma * inv
     return du, dr, dgamma, dbeta

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsq_ext.ops.bn_act_spec import Grads, Layer, Needs, Norm, Outputs
 from zsq_ext.ops.layout import arranged, channels_last, empty_arranged, places_of, rows_of
 from zsq_ext.ops.triton.launch import kernels, on_device_of
 
@@ -22,27 +23,18 @@ def _added_up(partials: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def bn_act(
-    u: Tensor,
-    mean: Tensor,
-    var: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    act: str,
-    stats: str | None,
-    save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bn_act(u: Tensor, residual: Tensor | None, layer: Layer, wanted: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y is empty where there is no var."""
+    mean, stats = layer.norm.mean, wanted.stats
     launchers, cut = _cut(u, stats == "sample")
     last = channels_last(u)
-    y = None if var is None else empty_arranged(u, last)
+    y = None if layer.norm.var is None else empty_arranged(u, last)
     rows, length = rows_of(u)
-    mask = u.new_empty(rows, (length + 7) // 8, dtype=torch.uint8) if save_mask else None
+    mask = u.new_empty(rows, (length + 7) // 8, dtype=torch.uint8) if wanted.mask else None
     partials = None if stats is None else mean.new_empty(2, cut.all_chunks, u.size(1))
     seen = arranged(u, last), None if residual is None else arranged(residual, last)
     with on_device_of(u):
-        launchers.forward(cut, *seen, y, mask, mean, var, gamma, beta, partials, eps, act)
+        launchers.forward(cut, *seen, layer, y, mask, partials)
         if partials is None:
             s1, s2 = mean.new_empty(0), mean.new_empty(0)
         else:
@@ -53,41 +45,27 @@ def bn_act(
 
 
 def bn_act_backward(
-    u: Tensor,
-    grad_y: Tensor | None,
-    grad_s1: Tensor | None,
-    grad_s2: Tensor | None,
-    mean: Tensor,
-    var: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    act: str,
-    need_u: bool,
-    need_residual: bool,
-    need_affine: bool,
+    u: Tensor, residual: Tensor | None, mask: Tensor | None, grads: Grads, layer: Layer, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    launchers, cut = _cut(u, grad_s1 is not None and grad_s1.dim() == 2)
-    last, has_y = channels_last(u), grad_y is not None
-    du = empty_arranged(u, last) if need_u else None
-    dr = empty_arranged(u, last) if need_residual and has_y else None
-    partials = mean.new_empty(2, cut.all_chunks, u.size(1)) if need_affine and has_y else None
-    dgamma, dbeta = mean.new_empty(0), mean.new_empty(0)
-    big = (None if t is None else arranged(t, last) for t in (u, grad_y, residual))
+    norm = layer.norm
+    launchers, cut = _cut(u, grads.s1 is not None and grads.s1.dim() == 2)
+    last, has_y = channels_last(u), grads.y is not None
+    du = empty_arranged(u, last) if needs.u else None
+    dr = empty_arranged(u, last) if needs.residual and has_y else None
+    partials = norm.mean.new_empty(2, cut.all_chunks, u.size(1)) if needs.affine and has_y else None
+    dgamma, dbeta = norm.mean.new_empty(0), norm.mean.new_empty(0)
+    seen, residual, grad_y = (None if t is None else arranged(t, last) for t in (u, residual, grads.y))
     with on_device_of(u):
-        launchers.backward(cut, *big, mask, mean, var, gamma, beta, grad_s1, grad_s2, du, dr, partials, eps, act)
-        if partials is not None and var is not None:
+        launchers.backward(cut, seen, residual, mask, grads._replace(y=grad_y), layer, du, dr, partials)
+        if partials is not None and norm.var is not None:
             sum_g, sum_gd = _added_up(partials, 1)
-            dbeta, dgamma = sum_g[0], sum_gd[0] * (var + eps).sqrt().reciprocal()
+            dbeta, dgamma = sum_g[0], sum_gd[0] * (norm.var + norm.eps).double().sqrt().float().reciprocal()
     return u.new_empty(0) if du is None else du, u.new_empty(0) if dr is None else dr, dgamma, dbeta
 
 
 def channel_sums(u: Tensor, mean: Tensor, stats: str) -> tuple[Tensor, Tensor]:
-    return bn_act(u, mean, None, None, None, 0.0, None, "none", stats, False)[1:3]
+    return bn_act(u, None, Layer(Norm(mean)), Outputs(stats))[1:3]
 
 
 def channel_sums_backward(u: Tensor, mean: Tensor, grad_s1: Tensor, grad_s2: Tensor) -> Tensor:
-    sums = grad_s1, grad_s2
-    return bn_act_backward(u, None, *sums, mean, None, None, None, 0.0, None, None, "none", True, False, False)[0]
+    return bn_act_backward(u, None, None, Grads(None, grad_s1, grad_s2), Layer(Norm(mean)), Needs())[0]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zsq_ext.ops.layout import channels_of, code_dtype, empty_for, in_layout_of, is_dense
+from zsq_ext.ops.layout import channels_of, code_dtype, dense_for, empty_for, in_layout_of
 from zsq_ext.ops.triton.launch import kernels, on_device_of
 
 
@@ -37,7 +37,7 @@ def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: in
 def fake_quant_out(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None, out: Tensor
 ) -> None:
-    if out.is_contiguous() if scale.dim() == 2 else is_dense(out):
+    if dense_for(out, scale):
         _into(out, None, x, scale, zero_point, qmin, qmax, axis)
     else:
         out.copy_(fake_quant(x, scale, zero_point, qmin, qmax, axis))

@@ -33,9 +33,10 @@ def _run(
     for x, out, axis, b in zip(seen, outs, axes, bits, strict=True):
         rows.append((x.data_ptr(), out.data_ptr(), channels, x.numel() // x.size(axis), b))
         channels += x.size(axis)
-    # Addresses may change from call to call, so the table is made anew; it waits for its copy, which a CUDA graph
-    # cannot hold: there the backend `cuda` serves, which takes the table by value.
-    table = torch.tensor(rows, dtype=torch.int64, device=seen[0].device)
+    # Addresses may change from call to call, so the table is made anew, in memory that is copied without a wait. A CUDA
+    # graph would copy it again when others use that memory: there the backend `cuda` serves, which takes it by value.
+    device = seen[0].device
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     scale = torch.empty(channels, device=table.device)
     zero_point = torch.empty_like(scale, dtype=torch.int32)
     with on_device_of(table):

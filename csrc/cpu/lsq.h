@@ -1,15 +1,16 @@
-// LSQ's gradient in one pass over grad and x. What is summed, and in which order, depends on the sizes alone:
-// neither the number of threads nor AVX2 changes a bit.
+// LSQ's gradient over a stretch of a tensor, in one pass over grad and x. What is summed, and in which order, depends
+// on the sizes alone: neither the number of threads nor AVX2 changes a bit.
+#pragma once
+
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/grid.h"
-#include "csrc/cpu/parallel.h"
 
 namespace zsq {
-namespace {
+namespace lsq {
 
 // Elements that one thread sums alone, 20 to 50 us of work.
 constexpr int64_t kSlab = 1 << 16;
@@ -24,15 +25,15 @@ template <class T>
 struct Span {
   const T* grad;
   const T* x;
-  T* dx;
+  T* dx;  // null where it is not wanted
 
-  Span operator+(int64_t i) const { return {grad + i, x + i, dx + i}; }
+  Span operator+(int64_t i) const { return {grad + i, x + i, dx ? dx + i : nullptr}; }
 };
 
 template <class T, class C>
 inline void one(const Span<T>& s, int64_t i, const Grid<C>& q, C& step, C& clip) {
   const LsqTerms<C> terms = lsq_terms<C>(widen(s.x[i]), widen(s.grad[i]), q);
-  s.dx[i] = terms.inside ? s.grad[i] : T{};
+  if (s.dx) s.dx[i] = terms.inside ? s.grad[i] : T{};
   step += terms.step;
   clip += terms.clip;
 }
@@ -67,6 +68,7 @@ void columns_scalar(const Span<T>& s, int64_t n, const FakeQuantArgs& a, int64_t
 
 template <class T>
 ZSQ_AVX2 inline void eight(const Span<T>& s, int64_t i, const Grid8& q, __m256& step, __m256& clip) {
+  ahead(s.grad + i), ahead(s.x + i), ahead(s.dx + i);
   const __m256 grad = load8(s.grad + i);
   const __m256 ratio = _mm256_div_ps(load8(s.x + i), q.scale);
   const __m256 mask = inside8(_mm256_add_ps(ratio, q.zero_point), q);
@@ -75,7 +77,7 @@ ZSQ_AVX2 inline void eight(const Span<T>& s, int64_t i, const Grid8& q, __m256& 
   const __m256 term = _mm256_sub_ps(steps, _mm256_and_ps(mask, ratio));
   const __m256 minus = _mm256_xor_ps(grad, _mm256_set1_ps(-0.0f));
   const __m256 outside = _mm256_blendv_ps(minus, code, _mm256_cmp_ps(code, code, _CMP_UNORD_Q));
-  store8(s.dx + i, _mm256_and_ps(grad, mask));
+  if (s.dx) store8(s.dx + i, _mm256_and_ps(grad, mask));
   step = _mm256_add_ps(step, _mm256_mul_ps(grad, term));
   clip = _mm256_add_ps(clip, _mm256_andnot_ps(mask, outside));
 }
@@ -142,7 +144,7 @@ struct Slots {
   explicit Slots(const FakeQuantArgs& a)
       : length(a.channels == 1 ? a.n : a.inner),
         channels(a.channels),
-        count(std::min(channels, (std::min(a.n, kSlab) + length - 2) / length + 1)) {}
+        count(a.n ? std::min(channels, (std::min(a.n, kSlab) + length - 2) / length + 1) : 0) {}
 
   int64_t slot(int64_t row, int64_t first) const { return count == channels ? row % channels : row - first; }
   int64_t channel(int64_t slot, int64_t first) const { return count == channels ? slot : (first + slot) % channels; }
@@ -180,48 +182,33 @@ void columns_slab(const FakeQuantArgs& a, const Slots& slots, int64_t begin, int
   flush_all();
 }
 
+// One slab, which begins at a multiple of kSlab; adds to its slots.
 template <class T, class C>
-void run(const FakeQuantLsqArgs& args, int threads) {
+void slab(const FakeQuantArgs& a, const Slots& slots, int64_t begin, int64_t end, bool simd, Sums* sums) {
+  if (a.inner == 1 && a.channels > 1) {
+    columns_slab<T, C>(a, slots, begin, end, simd, sums);
+  } else {
+    rows_slab<T, C>(a, slots, begin, end, simd, sums);
+  }
+}
+
+// The second stage: the sums of all slabs, [slabs, slots], united per channel.
+template <class C>
+void finish(const FakeQuantLsqArgs& args, const Slots& slots, const Sums* sums) {
   const FakeQuantArgs& a = args.fq;
-  C* const dscale = static_cast<C*>(args.dscale);
-  C* const dzero_point = static_cast<C*>(args.dzero_point);
-  const bool simd = simd_enabled();
-  const Slots slots(a);
-  const int64_t slabs = (a.n + kSlab - 1) / kSlab;
-  std::vector<Sums> sums(slabs * slots.count), total(a.channels);
-  parallel_for(slabs, 1, threads, [&](int64_t k, int64_t end) {
-    for (; k < end; ++k) {
-      const auto slab = a.inner == 1 && a.channels > 1 ? columns_slab<T, C> : rows_slab<T, C>;
-      slab(a, slots, k * kSlab, std::min(a.n, (k + 1) * kSlab), simd, sums.data() + k * slots.count);
-    }
-  });
-  for (int64_t k = 0; k < slabs; ++k) {
-    for (int64_t slot = 0; slot < slots.count; ++slot) {
-      Sums& sum = total[slots.channel(slot, k * kSlab / slots.length)];
-      sum.step += sums[k * slots.count + slot].step;
-      sum.clip += sums[k * slots.count + slot].clip;
+  std::vector<Sums> total(a.channels);
+  for (int64_t begin = 0; begin < a.n; begin += kSlab) {
+    for (int64_t slot = 0; slot < slots.count; ++slot, ++sums) {
+      Sums& sum = total[slots.channel(slot, begin / slots.length)];
+      sum.step += sums->step;
+      sum.clip += sums->clip;
     }
   }
   for (int64_t c = 0; c < a.channels; ++c) {
-    dscale[c] = static_cast<C>(total[c].step);
-    dzero_point[c] = static_cast<C>(static_cast<const C*>(a.scale)[c] * total[c].clip);
+    static_cast<C*>(args.dscale)[c] = static_cast<C>(total[c].step);
+    static_cast<C*>(args.dzero_point)[c] = static_cast<C>(static_cast<const C*>(a.scale)[c] * total[c].clip);
   }
 }
 
-}  // namespace
-
-void fake_quant_lsq_backward(const FakeQuantLsqArgs& args, int threads) {
-  if (args.fq.n == 0) return;
-  switch (args.fq.dtype) {
-    case DType::f32:
-      return run<float, float>(args, threads);
-    case DType::f16:
-      return run<f16, float>(args, threads);
-    case DType::bf16:
-      return run<bf16, float>(args, threads);
-    case DType::f64:
-      return run<double, double>(args, threads);
-  }
-}
-
+}  // namespace lsq
 }  // namespace zsq

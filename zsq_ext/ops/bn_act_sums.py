@@ -1,0 +1,149 @@
+"""The statistics of what enters a batch norm: sums over each channel, shifted by the stored mean."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsq_ext.ops import backend
+from zsq_ext.ops import check as checks
+from zsq_ext.ops.layout import COMPUTE, channels_last, empty_arranged
+
+STATS = ("batch", "sample")
+
+
+def fake_sums(u: Tensor, mean: Tensor, stats: str | None) -> tuple[Tensor, Tensor]:
+    shape = {"batch": u.shape[1:2], "sample": u.shape[:2], None: (0,)}[stats]
+    return mean.new_empty(shape), mean.new_empty(shape)
+
+
+_op = backend.define("channel_sums(Tensor u, Tensor mean, str stats) -> (Tensor, Tensor)", fake_sums)
+_op_backward = backend.define(
+    "channel_sums_backward(Tensor u, Tensor mean, Tensor grad_s1, Tensor grad_s2) -> Tensor",
+    lambda u, mean, grad_s1, grad_s2: empty_arranged(u, channels_last(u)),
+)
+
+
+def wants_undefined(ctx: Any) -> None:
+    # A gradient that nobody sent then arrives as None, and its term is skipped; a compiler's graph has no such
+    # thing as an absent gradient, and sends zeros.
+    if not torch.compiler.is_compiling():
+        ctx.set_materialize_grads(False)
+
+
+def pair(grad_s1: Tensor | None, grad_s2: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both or neither, contiguous."""
+    if grad_s1 is None and grad_s2 is None:
+        return None, None
+    grad_s1 = torch.zeros_like(grad_s2) if grad_s1 is None else grad_s1  # type: ignore[arg-type]
+    grad_s2 = torch.zeros_like(grad_s1) if grad_s2 is None else grad_s2
+    return grad_s1.contiguous(), grad_s2.contiguous()
+
+
+class _ChannelSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, mean: Tensor, stats: str) -> tuple[Tensor, Tensor]:
+        wants_undefined(ctx)
+        ctx.save_for_backward(u, mean)
+        return _op(u, mean, stats)
+
+    @staticmethod
+    def backward(ctx: Any, grad_s1: Tensor | None, grad_s2: Tensor | None) -> tuple[Tensor | None, ...]:
+        u, mean = ctx.saved_tensors
+        grad_s1, grad_s2 = pair(grad_s1, grad_s2)
+        if grad_s1 is None:
+            return None, None, None
+        return _SumsBackward.apply(u, mean, grad_s1, grad_s2), None, None
+
+
+class _SumsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, mean: Tensor, grad_s1: Tensor, grad_s2: Tensor) -> Tensor:
+        return _op_backward(u, mean, grad_s1, grad_s2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError("channel_sums: a gradient must be taken once, got a gradient of the gradient")
+
+
+def check_input(op: str, u: Tensor) -> None:
+    checks.compute_dtype(op, "u", u)
+    if u.dim() < 2:
+        raise ValueError(f"{op}: u must have shape (N, C, ...), got {tuple(u.shape)}")
+
+
+def check_channels(op: str, u: Tensor, **parameters: Tensor | None) -> Any:
+    """The parameters, contiguous; None where one is."""
+    for name, t in parameters.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+        if t.dtype is not COMPUTE[u.dtype]:
+            raise TypeError(f"{op}: {name} must be {COMPUTE[u.dtype]} for {u.dtype} u, got {t.dtype}")
+        if t.shape != u.shape[1:2]:
+            raise ValueError(f"{op}: {name} must have shape ({u.size(1)},), got {tuple(t.shape)}")
+        if t.device != u.device:
+            raise ValueError(f"{op}: {name} must be on {u.device}, got {t.device}")
+    return [None if t is None else t.contiguous() for t in parameters.values()]
+
+
+def channel_sums(u: Tensor, mean: Tensor, stats: str = "batch") -> tuple[Tensor, Tensor]:
+    """The sums of `bn_act` alone: reads u once, writes nothing of its size.
+
+        S1 = sum(u - mean),     S2 = sum((u - mean)^2)
+
+    Args:
+        u, mean: as for `bn_act`. mean gets no gradient.
+        stats: "batch" for sums over each channel, (C,); "sample" for each channel of each sample, (N, C).
+
+    Returns:
+        (S1, S2), in the dtype of mean.
+
+    Raises:
+        TypeError: a type or dtype is not as above.
+        ValueError: a shape, device or name is not as above.
+        NotImplementedError: the forced backend cannot run it; or a second derivative is asked for.
+
+    Example:
+        >>> channel_sums(torch.tensor([[1.0, -1.0], [3.0, 5.0]]), torch.tensor([1.0, 3.0]))
+        (tensor([ 2., -2.]), tensor([ 4., 20.]))
+    """
+    check_input("channel_sums", u)
+    if stats not in STATS:
+        raise ValueError(f"channel_sums: stats must be one of {', '.join(STATS)}, got {stats!r}")
+    if mean is None:
+        raise TypeError("channel_sums: mean must be a tensor, got NoneType")
+    (mean,) = check_channels("channel_sums", u, mean=mean)
+    if u.requires_grad and torch.is_grad_enabled():
+        return _ChannelSums.apply(u, mean, stats)
+    return _op(u, mean, stats)
+
+
+def statistics_of(s1: Tensor, s2: Tensor, count: int | Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The data's mean and biased variance from the sums of `bn_act` or `channel_sums`.
+
+        data_mean = mean + S1 / count,     data_var = S2 / count - (S1 / count)^2, never below zero
+
+    The sums add: those of several batches are those of all their data, if the counts are added too.
+
+    Args:
+        s1, s2: sums, (C,) or (N, C).
+        count: how many values of a channel were added up, > 0; a tensor, one per channel, is not checked.
+        mean: what they were shifted by, (C,).
+
+    Returns:
+        (data_mean, data_var), shaped like the sums, differentiable.
+
+    Raises:
+        ValueError: count is not positive.
+
+    Example:
+        >>> mean = torch.tensor([1.0, 3.0])
+        >>> statistics_of(*channel_sums(torch.tensor([[1.0, -1.0], [3.0, 5.0]]), mean), 2, mean)
+        (tensor([2., 2.]), tensor([1., 9.]))
+    """
+    if not isinstance(count, Tensor) and not count > 0:
+        raise ValueError(f"statistics_of: count must be > 0, got {count}")
+    shift = s1 / count
+    return mean + shift, (s2 / count - shift.square()).clamp_min(0)

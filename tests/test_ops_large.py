@@ -111,6 +111,27 @@ def test_lsq_channels_last(device):
         torch.testing.assert_close(got.cpu(), want, rtol=2.0**-20, atol=0)
 
 
+def test_fake_quant_many(device):
+    x, (scale, zero_point) = rows(device), grid(device)
+    lists = [x], [scale], [zero_point], [-8], [7], [0]
+    (out,) = torch.ops.zsq.fake_quant_many(*lists)
+    assert_same(ends(out), reference.fake_quant(three(LAST), *grid("cpu"), -8, 7, 0))
+    del out
+    (dx,), *sums = torch.ops.zsq.fake_quant_many_backward([x], *lists, [True], [True])
+    last = three(LAST)
+    expected = reference.fake_quant_lsq_backward(last, last, *grid("cpu"), -8, 7, 0)
+    assert_same(ends(dx), expected[0])
+    for got, want in zip(sums, expected[1:], strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=2.0**-20, atol=0)  # five terms
+
+
+def test_lp_error(device):
+    scale, zero_point = (t[:, None] for t in grid(device))
+    got = torch.ops.zsq.lp_error(rows(device), scale, zero_point, -8, 7, 2.0, 0)
+    expected = reference.lp_error(three(LAST), *(t[:, None] for t in grid("cpu")), -8, 7, 2.0, 0)
+    torch.testing.assert_close(got.cpu(), expected, rtol=2.0**-20, atol=0)  # a zero lies on every grid
+
+
 def test_quantize_and_dequantize(device):
     code = quantize(rows(device), *grid(device), -8, 7, axis=0)
     expected = reference.quantize(three(LAST), *grid("cpu"), -8, 7, 0)

@@ -285,7 +285,7 @@ def test_nothing_spills(launches):
 
 
 # What a contiguous tensor of the benchmarks' sizes is read and written in. Not here: what gathers reads element by
-# element, fake_quant_minmax and fake_quant_many get their pointers from a table, and a row of 7 x 7 places begins anywhere.
+# element, fake_quant_minmax and _many get their pointers from a table, and a row of 7 x 7 places begins anywhere.
 WIDE = {
     "fake_quant._fake_quant_kernel": "ld st",
     "fake_quant._lsq_kernel": "ld st",

@@ -43,6 +43,16 @@ def fake_quants(ops, case):
     ops.channel_range(x, axis)
 
 
+def manies(ops, case):
+    args, learned, some = case.args(), case.args(learned=True), [True] * len(case.each)
+    ops.fake_quant_many(*args)
+    ops.fake_quant_many_backward(case.grads(), *learned, some, some)
+
+
+def lp_errors(ops, case):
+    ops.lp_error(*case.args())
+
+
 def minmaxes(ops, case):
     tensors, bits, axes, _ = case.args()
     for symmetric in (False, True):
@@ -58,14 +68,11 @@ def adarounds(ops, case):
 
 
 def bn_acts(ops, case):
-    args, (grad, *sums) = case.args(), case.grads()
-    u, mean, *_ = args.values()
-    saves = case.residual
-    mask = ops.bn_act(*args.values(), saves)[3] if saves else None
-    norm = [args[k] for k in ("mean", "var", "gamma", "beta", "eps")]
-    ops.bn_act_backward(u, grad, *sums, *norm, None, mask, case.act, True, case.residual, True)
-    ops.channel_sums(u, mean, case.stats)
-    ops.channel_sums_backward(u, mean, *sums)
+    u, _, layer, wanted = case.told()
+    mask = ops.bn_act(*case.told(mask=case.saves_mask))[3]
+    ops.bn_act_backward(*case.told_backward(mask))
+    ops.channel_sums(u, layer.norm.mean, wanted.stats)
+    ops.channel_sums_backward(u, layer.norm.mean, *case.grads()[1:])
 
 
 def distills(ops, case):
@@ -105,15 +112,31 @@ def families():
 
     from torch import bfloat16
 
-    from zsq_ext.ops.cases import adaround, bn_act, fake_quant, fake_quant_minmax, heads, image, qdrop
+    from zsq_ext.ops.cases import (
+        adaround,
+        bn_act,
+        fake_quant,
+        fake_quant_many,
+        fake_quant_minmax,
+        heads,
+        image,
+        lp_error,
+        qdrop,
+    )
 
     weight = adaround.AdaRoundCase("weight", shape=(64, 64, 3, 3))
-    activation, view = bn_act.BN_ACT_BENCH[0], image.VIEW_BENCH[0]
+    (activation, residual, *_), view = bn_act.BN_ACT_BENCH, image.VIEW_BENCH[0]
     tables = {
         fake_quants: fake_quant.FAKE_QUANT_BENCH[1:-1],
+        manies: fake_quant_many.FAKE_QUANT_MANY_BENCH[1:],
+        lp_errors: lp_error.LP_ERROR_BENCH[1:],
         minmaxes: fake_quant_minmax.FAKE_QUANT_MINMAX_BENCH[1:],
         adarounds: (weight, replace(weight, dtype=bfloat16)),
-        bn_acts: (*bn_act.BN_ACT_BENCH[:4], replace(activation, name="silu", act="silu")),
+        bn_acts: (
+            *bn_act.BN_ACT_BENCH[:4],
+            replace(activation, name="silu", act="silu"),
+            replace(residual, name="quantized", quant="channel"),
+        ),
         distills: (
             *(heads.DistillCase(kd, (256, 1024), kd=kd) for kd in ("kl_batchmean", "mse", "entropy")),
             *heads.DISTILL_BENCH[-1:],
@@ -237,7 +260,10 @@ def test_only_what_has_an_exponential_has_one(launches):
 DIVIDES = (
     "fake_quant._fake_quant_kernel",
     "fake_quant._lsq_kernel",
+    "fake_quant_many._forward_kernel",
+    "fake_quant_many._backward_kernel",
     "fake_quant_minmax._minmax_kernel",
+    "lp_error._lp_error_kernel",
     "image._resize_kernel",
     "image._resize_backward_kernel",
 )
@@ -259,7 +285,7 @@ def test_nothing_spills(launches):
 
 
 # What a contiguous tensor of the benchmarks' sizes is read and written in. Not here: what gathers reads element by
-# element, fake_quant_minmax gets its pointers from a table, and a row of 7 x 7 places begins anywhere.
+# element, fake_quant_minmax and _many get their pointers from a table, and a row of 7 x 7 places begins anywhere.
 WIDE = {
     "fake_quant._fake_quant_kernel": "ld st",
     "fake_quant._lsq_kernel": "ld st",

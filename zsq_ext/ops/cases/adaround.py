@@ -57,6 +57,11 @@ class AdaRoundCase:
         grad = torch.randn(self.shape, generator=rng, dtype=torch.float64).to(self.dtype).to(device)
         return grad, None if self.beta is None else torch.tensor(0.01, dtype=self.compute, device=device)
 
+    def backward_args(self, device: str = "cpu") -> tuple[Any, ...]:
+        """What the backward gets, all gradients wanted."""
+        grad, grad_reg = self.grads(device)
+        return [grad], *self.lists(device), grad_reg, True
+
     def _v(self, rng: torch.Generator) -> Tensor:
         if self.values == "special":
             info = torch.finfo(self.dtype)

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from zsq_ext.ops import bn_act
+from zsq_ext.quant import fuse as fusing
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
-from zsq_ext.quant.fuse import fuse, fuse_with_statistics
+from zsq_ext.quant.fuse import bn_act_quantized, fuse, fuse_with_statistics
 from zsq_ext.quant.graph import BATCH_NORMS, batch_norms, calls, with_taps
 from zsq_ext.quant.modules import calibrating
 from zsq_ext.quant.prepare import prepare
@@ -192,10 +193,33 @@ def test_a_student_keeps_its_quantizers():
     with calibrating(student), torch.no_grad():
         student(x)
     fused = fuse(student)
-    assert len(calls(fused, {bn_act})) == 21
+    assert (len(calls(fused, {bn_act})), len(calls(fused, {bn_act_quantized}))) == (2, 19)
+    assert not [node for node in fused.graph.nodes if node.op == "call_module" and "act" in str(node.target)]
     want, got = student(x), fused(x)
     step = 2**-4  # of a logit's own size: one code of four bits
     assert (got - want).norm() < step * want.norm()
     with calibrating(fused), torch.no_grad():
         fused(x)
     assert all(q.batches == 2 for q in student.modules() if hasattr(q, "batches"))
+
+
+@pytest.mark.parametrize(("placement", "inside"), [("after_relu", 19), ("all_layers", 21)])
+def test_a_quantizer_inside_gives_the_bits_of_one_behind(placement, inside, monkeypatch):
+    torch.manual_seed(0)
+    student = prepare(capture(trained(resnet20(10)), torch.zeros(2, 3, 32, 32)), QConfig(4, 4, placement=placement))
+    x = normal(4, 3, 32, 32, dtype=torch.float32)
+    with calibrating(student), torch.no_grad():
+        student(x)
+    found = []
+    for fused in (fuse(student), None):
+        if fused is None:
+            monkeypatch.setattr(fusing, "_is_quantizer", lambda module, node: False)
+            fused = fuse(student)
+        leaf = x.clone().requires_grad_()
+        y = fused(leaf)
+        grads = torch.autograd.grad(y.square().sum(), [leaf, *fused.parameters()])
+        found.append((len(calls(fused, {bn_act_quantized})), y, *grads))
+    (count, *got), (none, *want) = found
+    assert (count, none) == (inside, 0)
+    for one, two in zip(got, want, strict=True):
+        assert torch.equal(one, two)

@@ -291,6 +291,14 @@ def test_scalar_path_agrees_with_the_reference(case, scalar):
     assert_backward(case, cpu.bn_act_backward(*backward_args(case)))
 
 
+@pytest.mark.parametrize("case", cases.BN_ACT_LARGE, ids=lambda case: case.name)
+def test_large_results_agree_with_the_reference(case):
+    pytest.importorskip("zsq_ext._C")
+    told = case.told(mask=case.saves_mask)
+    assert_forward(case, cpu.bn_act(*told), reference.bn_act(*told))
+    assert_backward(case, cpu.bn_act_backward(*backward_args(case)))
+
+
 @pytest.mark.parametrize("simd", [True, False])
 def test_silu_over_the_whole_range(simd):
     """Every exponent and sign: the vector code's own exponential, and where it overflows."""

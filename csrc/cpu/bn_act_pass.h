@@ -6,14 +6,16 @@
 //     eight(i, byte, channel, sums)   elements i to i + 7, marked ZSQ_AVX2; only where float computes
 //     ahead(i)                        asks for element i and its neighbours, or nothing where they end before it
 //     sums                            whether sums are wanted
+//     streams                         whether it writes past the caches, see put8
 #pragma once
 
 #include <algorithm>
-#include <memory>
+#include <cstdint>
 #include <type_traits>
 #include <vector>
 
 #include "csrc/cpu/bn_act8.h"
+#include "csrc/cpu/bn_act_sums.h"
 #include "csrc/cpu/parallel.h"
 #include "kernels/bn_act.h"
 #include "kernels/fake_quant.h"
@@ -33,17 +35,22 @@ inline int64_t rows_of_chunk(int64_t channels) { return std::clamp<int64_t>((1 <
 // rows that lie a page apart, which the first cache could not hold together, are not.
 inline int64_t rows_of_tile(int64_t channels) { return std::max<int64_t>((1 << 10) / channels, 1); }
 
+// Whether n elements of T are written past the caches: results that no core's own cache would hold until somebody reads
+// them, in whole lines one after the other. A line then need not be read before it is written.
+template <class T>
+bool streams_to(const BnActShape& s, const T* first, const T* second) {
+  const int64_t n = s.samples * s.channels * s.places, bytes = n * static_cast<int64_t>(sizeof(T));
+  const auto bits = reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second);
+  const bool whole = s.last ? s.channels % 16 == 0 && sizeof(T) == 4 : s.places % 8 == 0;
+  return sizeof(T) < 8 && bytes >= (1 << 22) && bits % 32 == 0 && whole;
+}
+
 // One channel's numbers: its norm, what a loss on the sums sends to it (2 gS2 and gS1), and its quantizer.
 template <class C>
 struct Channel {
   Norm<C> norm;
   C slope{}, offset{};
   Grid<C> grid{};
-};
-
-template <class C>
-struct Sums {
-  C first{}, second{};
 };
 
 // The numbers of all channels, each kind side by side, so that those of eight neighbours are a load each.
@@ -168,6 +175,28 @@ ZSQ_AVX2 Sums<float> row_avx2(Op op, int64_t n, const Channel<float>& channel) {
   return sums;
 }
 
+// Rows begin to end of 8 * kEights channels from c on; first and second are added to.
+template <int kEights, class Op>
+ZSQ_AVX2 inline void block_avx2(const Op& op, int64_t begin, int64_t end, int64_t c, int64_t bytes, int64_t next,
+                                const Channels<float>& channels, int64_t group, float* first, float* second) {
+  const int64_t n = channels.count;
+  Channel8 here[kEights];
+  Sums8 sums[kEights];
+  for (int k = 0; k < kEights; ++k) {
+    here[k] = channels.eight(c + 8 * k, group);
+    sums[k] = no_sums();
+    if (op.sums) sums[k] = {_mm256_loadu_ps(first + c + 8 * k), _mm256_loadu_ps(second + c + 8 * k)};
+  }
+  for (int64_t r = begin; r < end; ++r) {
+    op.ahead((r + next) * n + c);
+    for (int k = 0; k < kEights; ++k) op.eight(r * n + c + 8 * k, r * bytes + c / 8 + k, here[k], sums[k]);
+  }
+  for (int k = 0; op.sums && k < kEights; ++k) {
+    _mm256_storeu_ps(first + c + 8 * k, sums[k].first);
+    _mm256_storeu_ps(second + c + 8 * k, sums[k].second);
+  }
+}
+
 template <class Op>
 ZSQ_AVX2 void rows_avx2(Op op, int64_t count, int64_t bytes, const Channels<float>& channels, int64_t group,
                         float* first, float* second) {
@@ -176,16 +205,8 @@ ZSQ_AVX2 void rows_avx2(Op op, int64_t count, int64_t bytes, const Channels<floa
   for (int64_t begin = 0; begin < count; begin += tile) {
     const int64_t end = std::min(count, begin + tile);
     int64_t c = 0;
-    for (; c + 8 <= n; c += 8) {
-      const Channel8 here = channels.eight(c, group);
-      Sums8 sums = no_sums();
-      if (op.sums) sums = {_mm256_loadu_ps(first + c), _mm256_loadu_ps(second + c)};
-      for (int64_t r = begin; r < end; ++r) {
-        if (c % 16 == 0) op.ahead((r + tile) * n + c);
-        op.eight(r * n + c, r * bytes + c / 8, here, sums);
-      }
-      if (op.sums) _mm256_storeu_ps(first + c, sums.first), _mm256_storeu_ps(second + c, sums.second);
-    }
+    for (; c + 16 <= n; c += 16) block_avx2<2>(op, begin, end, c, bytes, tile, channels, group, first, second);
+    for (; c + 8 <= n; c += 8) block_avx2<1>(op, begin, end, c, bytes, tile, channels, group, first, second);
     for (; c < n; ++c) {
       const Channel<float> here = channels.at(c, group);
       Sums<float> sums;
@@ -223,37 +244,13 @@ void rows(const Op& op, int64_t count, int64_t bytes, const Channels<C>& channel
   rows_scalar(op, count, bytes, channels, group, first, second);
 }
 
-// The partial sums of all chunks, [chunks][channels] twice, and their second stage.
-template <class C>
-class Partials {
- public:
-  Partials(bool wanted, int64_t chunks, int64_t channels)
-      : channels_(channels), second_(wanted ? chunks * channels : 0), memory_(wanted ? new C[2 * second_] : nullptr) {}
-
-  C* first(int64_t chunk) const { return memory_.get() + chunk * channels_; }
-  C* second(int64_t chunk) const { return first(chunk) + second_; }
-
-  // first_out[group][channel] = the sum over the group's chunks, in their order; likewise the second sums.
-  void add_up(int64_t groups, C* first_out, C* second_out) const {
-    const int64_t chunks = second_ ? second_ / channels_ / groups : 0;
-    std::vector<double> sums(channels_);
-    for (int64_t g = 0; g < groups; ++g) {
-      for (const bool is_first : {true, false}) {
-        std::fill(sums.begin(), sums.end(), 0.0);
-        const C* p = is_first ? first(g * chunks) : second(g * chunks);
-        for (int64_t k = 0; k < chunks; ++k, p += channels_) {
-          for (int64_t c = 0; c < channels_; ++c) sums[c] += static_cast<double>(p[c]);
-        }
-        C* out = (is_first ? first_out : second_out) + g * channels_;
-        for (int64_t c = 0; c < channels_; ++c) out[c] = static_cast<C>(sums[c]);
-      }
-    }
-  }
-
- private:
-  int64_t channels_, second_;
-  std::unique_ptr<C[]> memory_;
-};
+// What was written past the caches is there before anybody is told that a thread is done.
+inline void settle(bool streamed) {
+#ifdef ZSQ_HAS_AVX2
+  if (streamed) _mm_sfence();
+#endif
+  (void)streamed;
+}
 
 template <class C, class Op>
 Partials<C> pass(const Op& op, const Channels<C>& channels, const BnActShape& s, int threads) {
@@ -270,6 +267,7 @@ Partials<C> pass(const Op& op, const Channels<C>& channels, const BnActShape& s,
         rows(op.from(at * s.channels, at * bytes), std::min(size, count - offset), bytes, channels, group,
              partials.first(k), partials.second(k), simd);
       }
+      settle(op.streams);
     });
     return partials;
   }
@@ -286,6 +284,7 @@ Partials<C> pass(const Op& op, const Channels<C>& channels, const BnActShape& s,
       partials.first(sample * pieces + piece)[c] = sums.first;
       partials.second(sample * pieces + piece)[c] = sums.second;
     }
+    settle(op.streams);
   });
   return partials;
 }

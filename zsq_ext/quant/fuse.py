@@ -1,33 +1,46 @@
 """Batch norms and what follows them as one op each: the same network in fewer passes over its activations.
 
-A chain is a batch norm, the addition that alone reads it, and the activation that alone reads that; what somebody else
-reads stays a node of its own. So taps come first: ``fuse(with_taps(module, names))``.
+A chain is a batch norm, the addition that alone reads it, the activation that alone reads that, and the quantizer of
+its values; what somebody else reads stays a node of its own. So taps come first: ``fuse(with_taps(module, names))``.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from zsq_ext.ops import bn_act
 from zsq_ext.quant.graph import ADDITIONS, BATCH_NORMS, aten, is_relu, upper_bound
+from zsq_ext.quant.modules import ActivationQuantizer
 
 _ACTS = {aten.silu.default: "silu", aten.hardswish.default: "hardswish"}
 
 
 @dataclass(frozen=True)
 class _Chain:
-    """What becomes one op: the nodes from the batch norm to the last one, the shortcut, and the activation's name."""
+    """What becomes one op: its nodes from the batch norm on, the shortcut, the activation's name, the quantizer."""
 
     nodes: tuple[fx.Node, ...]
     residual: fx.Node | None
     act: str
+    quantizer: fx.Node | None
+
+
+def bn_act_quantized(quantizer: ActivationQuantizer, u: Tensor, *norm: Any, **how: Any) -> Any:
+    """``bn_act`` and the quantizer of its values: one op while the range stands still, two while it is moved."""
+    if not quantizer.observing:
+        return bn_act(u, *norm, **how, quant=quantizer.params(u.dtype), quant_grad="ste")
+    y = bn_act(u, *norm, **how)
+    return quantizer(y) if isinstance(y, Tensor) else (quantizer(y[0]), *y[1:])
 
 
 def fuse(module: fx.GraphModule) -> fx.GraphModule:
-    """The same network with ``bn_act`` in the place of every batch norm and what follows it alone; parameters shared.
+    """The same network with ``bn_act`` in the place of every batch norm and what follows it alone.
+
+    Parameters and quantizers are shared; a quantizer inside an op is still calibrated by ``calibrating``.
 
     Values differ from the module's in the last bits: torch rounds a batch norm's products and sums in another order,
     each of the two a few times, so every normalised value moves by a few units in the last place of its largest term.
@@ -57,15 +70,17 @@ def _fused(module: fx.GraphModule, stats: str | None) -> tuple[fx.GraphModule, l
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in BATCH_NORMS:
             continue
-        chain = _chain(node)
+        chain = _chain(module, node)
         u, gamma, beta, mean, var, _, _, eps, *_ = node.args
         last = chain.nodes[-1]
         with graph.inserting_before(last):
-            new = graph.call_function(
-                bn_act,
-                (u, mean, var, gamma, beta, eps),
-                {"residual": chain.residual, "act": chain.act, "stats": stats},
-            )
+            how = {"residual": chain.residual, "act": chain.act, "stats": stats}
+            norm_args: tuple[Any, ...] = u, mean, var, gamma, beta, eps
+            if chain.quantizer is None:
+                new = graph.call_function(bn_act, norm_args, how)
+            else:
+                quantizer = graph.get_attr(str(chain.quantizer.target))
+                new = graph.call_function(bn_act_quantized, (quantizer, *norm_args), how)
             y = new
             if stats is not None:
                 y, s1, s2 = (graph.call_function(operator.getitem, (new, i)) for i in range(3))
@@ -78,7 +93,7 @@ def _fused(module: fx.GraphModule, stats: str | None) -> tuple[fx.GraphModule, l
     return fx.GraphModule(module, graph, class_name="Fused"), sums
 
 
-def _chain(norm: fx.Node) -> _Chain:
+def _chain(module: fx.GraphModule, norm: fx.Node) -> _Chain:
     nodes, residual = [norm], None
     addition = _only_reader(norm)
     if addition is not None and addition.target in ADDITIONS:
@@ -90,7 +105,16 @@ def _chain(norm: fx.Node) -> _Chain:
     act = "none" if activation is None else _act(activation)
     if activation is not None and act != "none":
         nodes.append(activation)
-    return _Chain(tuple(nodes), residual, act)
+    quantizer = _only_reader(nodes[-1])
+    if quantizer is not None and _is_quantizer(module, quantizer):
+        nodes.append(quantizer)
+    else:
+        quantizer = None
+    return _Chain(tuple(nodes), residual, act, quantizer)
+
+
+def _is_quantizer(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), ActivationQuantizer)
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:

@@ -239,6 +239,14 @@ def _quantized() -> list[BnActCase]:
 
 BN_ACT = (*_cases(), *_quantized())
 
+# Results of 4 MiB and more, which the CPU writes past its caches where whole lines follow one another.
+BN_ACT_LARGE = (
+    BnActCase("large", shape=(4, 16, 132, 128), residual=True),
+    BnActCase("large_channels_last", shape=(4, 16, 132, 128), residual=True, layout="channels_last"),
+    BnActCase("large_no_lines", shape=(4, 20, 117, 113), residual=True, layout="channels_last"),
+    BnActCase("large_fp16", shape=(4, 16, 192, 176), dtype=torch.float16, act="hardswish"),
+)
+
 # What the benchmark times: a block's end in the first ResNet-18 stage at batch 16, and a deep, narrow one.
 BN_ACT_BENCH = (
     BnActCase("activation_16x64x56x56", shape=(16, 64, 56, 56)),

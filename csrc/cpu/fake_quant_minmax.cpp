@@ -9,10 +9,6 @@
 namespace zsq {
 namespace {
 
-// Results as large as this, all tensors together, are not in the caches any more when they are read, so they go past
-// them. It pays in memory that was used before; in fresh pages, as one large tensor would get, it costs.
-constexpr int64_t kStreamBytes = 16 << 20;
-
 // Channels of one tensor that a thread takes at once.
 struct Task {
   const MinMaxTensor* tensor;
@@ -38,7 +34,6 @@ void run(const MinMaxArgs& a, int threads) {
   const bool simd = simd_enabled();
   int64_t elements = 0;
   const std::vector<Task> tasks = tasks_of(a, elements);
-  const bool stream = elements * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   if (elements <= kGrain) threads = 1;  // small networks: many tasks of little work
   parallel_for(static_cast<int64_t>(tasks.size()), 1, threads, [&](int64_t k, int64_t end) {
     for (; k < end; ++k) {
@@ -48,7 +43,7 @@ void run(const MinMaxArgs& a, int threads) {
         const Range<C> range = range_of(x, t.length, empty_range<C>(), simd);
         const Grid<C> q = grid_of_range(range, static_cast<int>(t.bits), a.symmetric);
         // This channel is in the cache now: what comes next is the next one.
-        const Forward<T> forward{x, static_cast<T*>(t.out) + c * t.length, stream, t.length * int64_t{sizeof(T)}};
+        const Forward<T> forward{x, static_cast<T*>(t.out) + c * t.length, t.length * int64_t{sizeof(T)}};
         row(forward, 0, t.length, q, simd);
         static_cast<C*>(a.scale)[tasks[k].first + c] = q.scale;
         a.zero_point[tasks[k].first + c] = static_cast<int32_t>(q.zero_point);

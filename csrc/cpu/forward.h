@@ -9,7 +9,6 @@ template <class T>
 struct Forward {
   const T* x;
   T* out;
-  bool stream = false;             // writes past the caches
   int64_t distance = kAheadBytes;  // of what it asks for
 
   template <class C>
@@ -19,12 +18,9 @@ struct Forward {
 
 #ifdef ZSQ_HAS_AVX2
   ZSQ_AVX2 void eight(int64_t i, const Grid8& q) const {
-    ahead(x + i, distance);
+    ahead(x + i, distance), ahead(out + i, distance);
     const __m256 code = code8(_mm256_div_ps(load8(x + i), q.scale), q);
-    const __m256 value = _mm256_mul_ps(_mm256_sub_ps(code, q.zero_point), q.scale);
-    if (stream) return stream8(out + i, value);
-    ahead(out + i, distance);
-    store8(out + i, value);
+    store8(out + i, _mm256_mul_ps(_mm256_sub_ps(code, q.zero_point), q.scale));
   }
 #endif
 };

@@ -58,17 +58,5 @@ ZSQ_AVX2 inline void store8(bf16* p, __m256 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(h));
 }
 
-// Writes past the caches, where p is aligned: a line that is not read first is two thirds of the traffic. Other threads
-// see it after this one's next locked instruction, such as taking the next piece of a loop.
-ZSQ_AVX2 inline void stream8(float* p, __m256 v) {
-  if (reinterpret_cast<uintptr_t>(p) % 32) return store8(p, v);
-  _mm256_stream_ps(p, v);
-}
-
-template <class T>
-ZSQ_AVX2 inline void stream8(T* p, __m256 v) {
-  store8(p, v);
-}
-
 }  // namespace zsq
 #endif

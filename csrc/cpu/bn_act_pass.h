@@ -188,7 +188,7 @@ ZSQ_AVX2 inline void block_avx2(const Op& op, int64_t begin, int64_t end, int64_
     if (op.sums) sums[k] = {_mm256_loadu_ps(first + c + 8 * k), _mm256_loadu_ps(second + c + 8 * k)};
   }
   for (int64_t r = begin; r < end; ++r) {
-    op.ahead((r + next) * n + c);
+    for (int k = 0; k < kEights; k += 2) op.ahead((r + next) * n + c + 8 * k);
     for (int k = 0; k < kEights; ++k) op.eight(r * n + c + 8 * k, r * bytes + c / 8 + k, here[k], sums[k]);
   }
   for (int k = 0; op.sums && k < kEights; ++k) {
@@ -205,6 +205,9 @@ ZSQ_AVX2 void rows_avx2(Op op, int64_t count, int64_t bytes, const Channels<floa
   for (int64_t begin = 0; begin < count; begin += tile) {
     const int64_t end = std::min(count, begin + tile);
     int64_t c = 0;
+    // Neighbouring lines one after the other where there are as many: a line of each row in turn takes half as long
+    // again.
+    for (; c + 64 <= n; c += 64) block_avx2<8>(op, begin, end, c, bytes, tile, channels, group, first, second);
     for (; c + 16 <= n; c += 16) block_avx2<2>(op, begin, end, c, bytes, tile, channels, group, first, second);
     for (; c + 8 <= n; c += 8) block_avx2<1>(op, begin, end, c, bytes, tile, channels, group, first, second);
     for (; c < n; ++c) {

@@ -172,6 +172,7 @@ def _cases() -> list[BnActCase]:
         BnActCase("no_channels", shape=(4, 0, 6), residual=True),
         BnActCase("threads", shape=(3, 40, 41, 41), residual=True),
         BnActCase("threads_channels_last", shape=(3, 40, 41, 41), layout="channels_last"),
+        BnActCase("blocks_channels_last", shape=(2, 93, 7, 5), layout="channels_last", residual=True, quant="channel"),
         BnActCase("offset", values="offset"),
         BnActCase("offset_sample", values="offset", stats="sample", layout="channels_last"),
         BnActCase("strided", layout="strided", residual=True, residual_layout="strided"),
@@ -242,7 +243,7 @@ BN_ACT = (*_cases(), *_quantized())
 # Results of 4 MiB and more, which the CPU writes past its caches where whole lines follow one another.
 BN_ACT_LARGE = (
     BnActCase("large", shape=(4, 16, 132, 128), residual=True),
-    BnActCase("large_channels_last", shape=(4, 16, 132, 128), residual=True, layout="channels_last"),
+    BnActCase("large_channels_last", shape=(4, 80, 59, 57), residual=True, layout="channels_last"),
     BnActCase("large_no_lines", shape=(4, 20, 117, 113), residual=True, layout="channels_last"),
     BnActCase("large_fp16", shape=(4, 16, 192, 176), dtype=torch.float16, act="hardswish"),
 )

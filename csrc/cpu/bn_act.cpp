@@ -12,17 +12,11 @@ struct Forward {
   const T* residual;
   T* y;
   uint8_t* mask;
-  bool sums, quantize, clip, streams;
+  bool sums, quantize, clip;
 
   Forward from(int64_t i, int64_t byte) const {
-    return {u + i,
-            residual ? residual + i : nullptr,
-            y ? y + i : nullptr,
-            mask ? mask + byte : nullptr,
-            sums,
-            quantize,
-            clip,
-            streams};
+    return {u + i, residual ? residual + i : nullptr, y ? y + i : nullptr, mask ? mask + byte : nullptr, sums, quantize,
+            clip};
   }
 
   template <class C>
@@ -61,7 +55,7 @@ struct Forward {
         if (mask && clip) v = _mm256_and_ps(v, passes_quantizer8(out, c.grid));
         out = quantized8(out, c.grid);
       }
-      put8(y + i, out, streams);
+      store8(y + i, out);
       if (mask) mask[byte] = static_cast<uint8_t>(_mm256_movemask_ps(v));
     }
     if (sums) {
@@ -74,7 +68,7 @@ struct Forward {
   ZSQ_AVX2 void ahead(int64_t i) const {
     _mm_prefetch(reinterpret_cast<const char*>(u + i), _MM_HINT_T0);
     if (residual) _mm_prefetch(reinterpret_cast<const char*>(residual + i), _MM_HINT_T0);
-    if (y && !streams) _mm_prefetch(reinterpret_cast<const char*>(y + i), _MM_HINT_T0);
+    if (y) _mm_prefetch(reinterpret_cast<const char*>(y + i), _MM_HINT_T0);
   }
 
 #endif
@@ -90,8 +84,7 @@ struct Run {
                               a.mask,
                               a.s1 != nullptr,
                               a.quant.scale != nullptr,
-                              a.quant.clip,
-                              streams_to<T>(a.shape, static_cast<T*>(a.y), nullptr)};
+                              a.quant.clip};
     const Partials<C> partials = pass<C>(op, channels, a.shape, threads);
     if (a.s1) partials.add_up(a.shape.per_sample ? a.shape.samples : 1, static_cast<C*>(a.s1), static_cast<C*>(a.s2));
   }

@@ -85,17 +85,6 @@ ZSQ_AVX2 inline __m256 as_stored8(__m256 v, const T*) {
   return load8(stored);
 }
 
-// Writes v, past the caches if `streams`: then p is aligned, and a line's other half follows at once.
-ZSQ_AVX2 inline void put8(float* p, __m256 v, bool streams) { streams ? _mm256_stream_ps(p, v) : store8(p, v); }
-
-template <class T>
-ZSQ_AVX2 inline void put8(T* p, __m256 v, bool streams) {
-  if (!streams) return store8(p, v);
-  alignas(16) T narrowed[8];
-  store8(narrowed, v);
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<const __m128i*>(narrowed)));
-}
-
 ZSQ_AVX2 inline __m256 lanes_of(uint8_t byte) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(byte), bit), bit));

@@ -14,7 +14,6 @@ struct Backward {
   T* du;
   T* dr;
   bool sums, stats;
-  bool streams;
   bool clip;  // what entered the quantizer is asked again where the gradient passes
 
   Backward from(int64_t i, int64_t byte) const {
@@ -26,7 +25,6 @@ struct Backward {
             dr ? dr + i : nullptr,
             sums,
             stats,
-            streams,
             clip};
   }
 
@@ -79,7 +77,7 @@ struct Backward {
         if (clip) g = _mm256_and_ps(g, passes_quantizer8(as_stored8(activated8<kAct>(v), u), c.grid));
         g = through8<kAct>(g, v);
       }
-      if (dr) put8(dr + i, g, streams);
+      if (dr) store8(dr + i, g);
       if (sums) {
         all.first = _mm256_add_ps(all.first, g);
         all.second = _mm256_add_ps(all.second, _mm256_mul_ps(g, d));
@@ -91,7 +89,7 @@ struct Backward {
         const __m256 q = _mm256_add_ps(_mm256_mul_ps(c.slope, d), c.offset);
         w = grad ? _mm256_add_ps(w, q) : q;
       }
-      put8(du + i, w, streams);
+      store8(du + i, w);
     }
   }
 
@@ -99,8 +97,8 @@ struct Backward {
     _mm_prefetch(reinterpret_cast<const char*>(u + i), _MM_HINT_T0);
     if (grad) _mm_prefetch(reinterpret_cast<const char*>(grad + i), _MM_HINT_T0);
     if (residual) _mm_prefetch(reinterpret_cast<const char*>(residual + i), _MM_HINT_T0);
-    if (du && !streams) _mm_prefetch(reinterpret_cast<const char*>(du + i), _MM_HINT_T0);
-    if (dr && !streams) _mm_prefetch(reinterpret_cast<const char*>(dr + i), _MM_HINT_T0);
+    if (du) _mm_prefetch(reinterpret_cast<const char*>(du + i), _MM_HINT_T0);
+    if (dr) _mm_prefetch(reinterpret_cast<const char*>(dr + i), _MM_HINT_T0);
   }
 
 #endif
@@ -118,7 +116,6 @@ struct Run {
                                static_cast<T*>(a.dr),
                                a.dgamma != nullptr,
                                a.grad_s1 != nullptr,
-                               streams_to(a.shape, static_cast<T*>(a.du), static_cast<T*>(a.dr)),
                                a.quant.scale && a.quant.clip};
     const Partials<C> partials = pass<C>(op, channels, a.shape, threads);
     if (!a.dgamma) return;

@@ -6,7 +6,6 @@
 //     eight(i, byte, channel, sums)   elements i to i + 7, marked ZSQ_AVX2; only where float computes
 //     ahead(i)                        asks for element i and its neighbours, or nothing where they end before it
 //     sums                            whether sums are wanted
-//     streams                         whether it writes past the caches, see put8
 #pragma once
 
 #include <algorithm>
@@ -34,16 +33,6 @@ inline int64_t rows_of_chunk(int64_t channels) { return std::clamp<int64_t>((1 <
 // Rows are taken together, as many as fill a page of floats: their channels' numbers are then read once for all, and
 // rows that lie a page apart, which the first cache could not hold together, are not.
 inline int64_t rows_of_tile(int64_t channels) { return std::max<int64_t>((1 << 10) / channels, 1); }
-
-// Whether n elements of T are written past the caches: results that no core's own cache would hold until somebody reads
-// them, in whole lines one after the other. A line then need not be read before it is written.
-template <class T>
-bool streams_to(const BnActShape& s, const T* first, const T* second) {
-  const int64_t n = s.samples * s.channels * s.places, bytes = n * static_cast<int64_t>(sizeof(T));
-  const auto bits = reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second);
-  const bool whole = s.last ? s.channels % 16 == 0 && sizeof(T) == 4 : s.places % 8 == 0;
-  return sizeof(T) < 8 && bytes >= (1 << 22) && bits % 32 == 0 && whole;
-}
 
 // One channel's numbers: its norm, what a loss on the sums sends to it (2 gS2 and gS1), and its quantizer.
 template <class C>
@@ -247,14 +236,6 @@ void rows(const Op& op, int64_t count, int64_t bytes, const Channels<C>& channel
   rows_scalar(op, count, bytes, channels, group, first, second);
 }
 
-// What was written past the caches is there before anybody is told that a thread is done.
-inline void settle(bool streamed) {
-#ifdef ZSQ_HAS_AVX2
-  if (streamed) _mm_sfence();
-#endif
-  (void)streamed;
-}
-
 template <class C, class Op>
 Partials<C> pass(const Op& op, const Channels<C>& channels, const BnActShape& s, int threads) {
   const bool simd = simd_enabled();
@@ -270,7 +251,6 @@ Partials<C> pass(const Op& op, const Channels<C>& channels, const BnActShape& s,
         rows(op.from(at * s.channels, at * bytes), std::min(size, count - offset), bytes, channels, group,
              partials.first(k), partials.second(k), simd);
       }
-      settle(op.streams);
     });
     return partials;
   }
@@ -287,7 +267,6 @@ Partials<C> pass(const Op& op, const Channels<C>& channels, const BnActShape& s,
       partials.first(sample * pieces + piece)[c] = sums.first;
       partials.second(sample * pieces + piece)[c] = sums.second;
     }
-    settle(op.streams);
   });
   return partials;
 }

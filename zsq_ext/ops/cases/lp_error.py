@@ -13,8 +13,9 @@ from zsq_ext.ops.cases import LAYOUTS, ErrorCase
 class LpErrorCase:
     """A tensor beside the grids of a search.
 
-    `values` is what x holds: "normal"; "exact" lies on the first grid of its channel, whose error is 0; "special" has
-    zeros, NaN, infinities and both ends of the dtype.
+    `values` is what x holds: "normal"; "exact" lies on the first grid of its channel, whose error is 0; "boundary" lies
+    between two of its codes, where dividing and multiplying by the reciprocal disagree; "special" has zeros, NaN,
+    infinities and both ends of the dtype.
     """
 
     name: str
@@ -38,13 +39,14 @@ class LpErrorCase:
         widest = torch.rand(channels, 1, generator=rng, dtype=torch.float64) + 2.5
         scale = (2 * widest * ratios / (self.qmax - self.qmin)).to(compute)
         zero_point = torch.randint(-3, 4, scale.shape, generator=rng, dtype=torch.int32)
+        sizes = [1] * len(self.shape)
+        if self.axis is not None:
+            sizes[self.axis] = channels
         if self.values == "exact":
-            sizes = [1] * len(self.shape)
-            if self.axis is not None:
-                sizes[self.axis] = channels
             scale = 2.0 ** scale.log2().round()
-            code = torch.randint(self.qmin, self.qmax + 1, self.shape, generator=rng)
-            x = (code - zero_point[:, 0].view(sizes)) * scale[:, 0].view(sizes)
+        if self.values in ("exact", "boundary"):
+            steps = torch.randint(self.qmin, self.qmax + 1, self.shape, generator=rng) - zero_point[:, 0].view(sizes)
+            x = (steps + 0.5 * (self.values == "boundary")) * scale[:, 0].view(sizes)
         if self.values == "special":
             info = torch.finfo(self.dtype)
             odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, info.max, info.min, info.tiny])
@@ -83,6 +85,7 @@ def _cases() -> list[LpErrorCase]:
         LpErrorCase("sixteenth", p=16.0),
         LpErrorCase("exact", values="exact"),
         LpErrorCase("exact_root", values="exact", p=0.3),
+        LpErrorCase("boundary", values="boundary", shape=(6, 200), candidates=2, qmin=-128, qmax=127),
         LpErrorCase("nan_inf", values="special", shape=(12, 9)),
         LpErrorCase("nan_inf_square", values="special", shape=(12, 9), p=2.0),
         LpErrorCase("nan_inf_root", values="special", shape=(12, 9), p=0.5),

@@ -105,9 +105,10 @@ class _Lsq(torch.autograd.Function):
             for k, t in zip(moved, dx, strict=True):
                 found[0][k] = t
             for place, wants, flat in zip(found[1:], wanted[1:], sums, strict=True):
-                parts = _parts(flat, _of(tensors[1], learned), _of(ctx.grad_scale, learned))
-                for k, t in zip(learned, parts, strict=True):
-                    place[k] = t if wants[k] else None
+                if any(_of(wants, learned)):
+                    parts = _parts(flat, _of(tensors[1], learned), _of(ctx.grad_scale, learned))
+                    for k, t in zip(learned, parts, strict=True):
+                        place[k] = t
         return None, None, *found[0], *found[1], *found[2]
 
 

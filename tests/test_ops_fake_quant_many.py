@@ -1,4 +1,17 @@
-"""fake_quant_many: the bits of fake_quant, one tensor after the other, in one call."""
+"""fake_quant_many: the bits of fake_quant, one tensor after the other, in one call.
+
+Broken on purpose, each seen red:
+
+    the last piece of a tensor lost                          slabs
+    the sums of all tensors kept in the first one's slots    weights
+    the first tensor's range for all                         weights
+    sums not written one after another                       weights
+    sums of a tensor without elements not zero               empty
+    x's memory order kept under groups, dx not wanted        what_is_not_wanted, sums of grouped
+    grad_scale of the first tensor for all                   autograd, weights
+    dx handed out in the order of what a gradient came to    autograd, weights
+    out not copied back where it is not dense                out_is_written, weights
+"""
 
 import pytest
 import torch

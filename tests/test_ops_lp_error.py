@@ -1,4 +1,18 @@
-"""lp_error: sums of powers within their bound of float64's, from every backend, and the search for ranges on it."""
+"""lp_error: sums of powers within their bound of float64's, from every backend, and the search for ranges on it.
+
+Broken on purpose on the CPU, each seen red:
+
+    the rest of p beside its first 12 bits dropped      a_power_is_within_its_bound, 2.4
+    a logarithm's coefficient off in its fourth digit   a_power_is_within_its_bound, 0.25
+    the difference's sign kept                          the_ends_of_the_power, 0.3
+    the power of 0, of NaN left to the exponent         the_ends_of_the_power, 0.3
+    the exponent not clamped                            sixteenth
+    a grid by the reciprocal                            boundary (between two codes either is as far)
+    an element behind every 16 lost                     weights
+    the first chunk taken for all                       chunks
+    the first channel's grids taken for all             weights
+    chunks by the number of threads                     spread
+"""
 
 import functools
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zsq_ext.ops import backend, reference
 from zsq_ext.ops.layout import COMPUTE, empty_rows
+from zsq_ext.ops.once import differentiable_once
 
 _ARGS = (
     "Tensor[] v, Tensor[] base, Tensor[] scale, Tensor[] zero_point, int[] qmin, int[] qmax, int? axis, Tensor? beta"
@@ -80,7 +81,7 @@ class _AdaRound(torch.autograd.Function):
         return (*found, reg) if beta is not None else tuple(found)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("adaround")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         beta, *tensors = ctx.saved_tensors
         n = len(tensors) // 4

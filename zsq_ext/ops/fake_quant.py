@@ -9,6 +9,7 @@ from torch import Tensor
 from zsq_ext.ops import backend, reference
 from zsq_ext.ops import check as checks
 from zsq_ext.ops.layout import empty_for
+from zsq_ext.ops.once import differentiable_once
 
 _GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax"
 _ARGS = f"Tensor x, {_GRID}, int? axis=None"
@@ -101,7 +102,7 @@ class _Lsq(torch.autograd.Function):
         return _forward(x, scale, zero_point, qmin, qmax, axis)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("fake_quant")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dscale, dzero_point = _op_lsq_backward(grad, *ctx.saved_tensors, *ctx.range)
         if ctx.grad_scale != 1:
@@ -194,7 +195,7 @@ def fake_quant(
     checks.code_range("fake_quant", qmin, qmax)
     if grad not in _GRADS:
         raise ValueError(f"fake_quant: grad must be one of {', '.join(_GRADS)}, got {grad!r}")
-    if not math.isfinite(grad_scale):
+    if not -math.inf < grad_scale < math.inf:
         raise ValueError(f"fake_quant: grad_scale must be finite, got {grad_scale}")
     scale, zero_point, axis = checks.grid(
         "fake_quant", "x", x, scale, zero_point, axis, x.dtype, learned=grad == "lsq_plus"

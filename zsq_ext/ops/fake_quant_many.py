@@ -10,6 +10,7 @@ from torch import Tensor
 from zsq_ext.ops import backend, reference
 from zsq_ext.ops import check as checks
 from zsq_ext.ops.layout import empty_for
+from zsq_ext.ops.once import differentiable_once
 
 _ARGS = "Tensor[] tensors, Tensor[] scales, Tensor[] zero_points, int[] qmin, int[] qmax, int[] axes"
 
@@ -91,7 +92,7 @@ class _Lsq(torch.autograd.Function):
         return _without_gradient(ctx, _forward(tensors, how), _thirds(ctx.needs_input_grad[2:]))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("fake_quant_many")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found: list[list[Tensor | None]] = [[None] * len(grads) for _ in range(3)]
         wanted, tensors = _thirds(ctx.needs_input_grad[2:]), _thirds(ctx.saved_tensors)
@@ -105,9 +106,10 @@ class _Lsq(torch.autograd.Function):
             for k, t in zip(moved, dx, strict=True):
                 found[0][k] = t
             for place, wants, flat in zip(found[1:], wanted[1:], sums, strict=True):
-                parts = _parts(flat, _of(tensors[1], learned), _of(ctx.grad_scale, learned))
-                for k, t in zip(learned, parts, strict=True):
-                    place[k] = t if wants[k] else None
+                if any(_of(wants, learned)):
+                    parts = _parts(flat, _of(tensors[1], learned), _of(ctx.grad_scale, learned))
+                    for k, t in zip(learned, parts, strict=True):
+                        place[k] = t
         return None, None, *found[0], *found[1], *found[2]
 
 
@@ -183,7 +185,7 @@ def fake_quant_many(
     n = len(tensors)
     factors = [float(f) for f in checks.one_each("fake_quant_many", "grad_scale", grad_scale, n)]
     for factor in factors:
-        if not math.isfinite(factor):
+        if not -math.inf < factor < math.inf:
             raise ValueError(f"fake_quant_many: grad_scale must be finite, got {factor}")
     scales, zero_points, how = _checked(tensors, scales, zero_points, (qmin, qmax, axis), learned=grad == "lsq_plus")
     if out is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from zsq_ext.ops import backend
 from zsq_ext.ops import check as checks
 from zsq_ext.ops.layout import COMPUTE, empty_sliced
+from zsq_ext.ops.once import differentiable_once
 
 _ARGS = "Tensor[] tensors, int[] bits, int[] axes, bool symmetric"
 
@@ -62,6 +63,7 @@ class _SteClip(torch.autograd.Function):
         return *outs, scale, zero_point
 
     @staticmethod
+    @differentiable_once("fake_quant_minmax")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         scale, zero_point, *tensors = ctx.saved_tensors
         grids = zip(*_per_tensor(tensors, ctx.how.axes, scale, zero_point), strict=True)

@@ -103,7 +103,7 @@ def cam_map(activation: Tensor, alpha: Tensor, *, floor: float | None = None) ->
         raise ValueError(f"cam_map: alpha must have shape {tuple(activation.shape[:2])}, got {tuple(alpha.shape)}")
     if alpha.device != activation.device:
         raise ValueError(f"cam_map: alpha must be on {activation.device}, got {alpha.device}")
-    if floor is not None and not math.isfinite(floor):
+    if floor is not None and not -math.inf < floor < math.inf:
         raise ValueError(f"cam_map: floor must be None or finite, got {floor}")
     alpha, floor = alpha.detach().contiguous(), None if floor is None else float(floor)
     if activation.requires_grad and torch.is_grad_enabled():

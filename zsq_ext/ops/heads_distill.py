@@ -200,7 +200,7 @@ def distill_head(
     if not 0 < temperature < math.inf:
         raise ValueError(f"distill_head: temperature must be positive and finite, got {temperature}")
     for name, weight in (("alpha", alpha), ("ce", ce)):
-        if not math.isfinite(weight):
+        if not -math.inf < weight < math.inf:
             raise ValueError(f"distill_head: {name} must be finite, got {weight}")
     if tau is not None and not 0 <= tau <= 1:
         raise ValueError(f"distill_head: tau must be None or in [0, 1], got {tau}")

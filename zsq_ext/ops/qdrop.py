@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zsq_ext.ops import backend
 from zsq_ext.ops.layout import COMPUTE, channels_last, empty_arranged
+from zsq_ext.ops.once import differentiable_once
 
 # How finely a draw divides 1.
 _STEPS = 2**24
@@ -39,7 +40,7 @@ class _QDrop(torch.autograd.Function):
         return _op(x, x_hat, threshold, key)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("qdrop")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_x_hat, *_ = ctx.needs_input_grad
         dx, dx_hat = _op_backward(grad, ctx.threshold, *ctx.saved_tensors, need_x, need_x_hat)

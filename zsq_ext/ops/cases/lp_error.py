@@ -14,8 +14,9 @@ class LpErrorCase:
     """A tensor beside the grids of a search.
 
     `values` is what x holds: "normal"; "exact" lies on the first grid of its channel, whose error is 0; "boundary" lies
-    between two of its codes, where dividing and multiplying by the reciprocal disagree; "special" has zeros, NaN,
-    infinities and both ends of the dtype.
+    between two of its codes, where dividing and multiplying by the reciprocal disagree; "spread" has runs of magnitudes
+    so far apart that float64 too sees the order of a sum; "special" has zeros, NaN, infinities and both ends of the
+    dtype.
     """
 
     name: str
@@ -47,6 +48,9 @@ class LpErrorCase:
         if self.values in ("exact", "boundary"):
             steps = torch.randint(self.qmin, self.qmax + 1, self.shape, generator=rng) - zero_point[:, 0].view(sizes)
             x = (steps + 0.5 * (self.values == "boundary")) * scale[:, 0].view(sizes)
+        if self.values == "spread":
+            runs = torch.rand(x.numel() // 16 + 1, generator=rng).repeat_interleave(16)[: x.numel()]
+            x = x * 10.0 ** (14 * runs.view(self.shape) - 7)
         if self.values == "special":
             info = torch.finfo(self.dtype)
             odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, info.max, info.min, info.tiny])
@@ -86,6 +90,7 @@ def _cases() -> list[LpErrorCase]:
         LpErrorCase("exact", values="exact"),
         LpErrorCase("exact_root", values="exact", p=0.3),
         LpErrorCase("boundary", values="boundary", shape=(6, 200), candidates=2, qmin=-128, qmax=127),
+        LpErrorCase("spread", values="spread", shape=(2, 2100), candidates=2),
         LpErrorCase("nan_inf", values="special", shape=(12, 9)),
         LpErrorCase("nan_inf_square", values="special", shape=(12, 9), p=2.0),
         LpErrorCase("nan_inf_root", values="special", shape=(12, 9), p=0.5),

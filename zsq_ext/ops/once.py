@@ -1,0 +1,42 @@
+"""Gradients that can be taken once."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that hangs on all it was computed from, and says so when it is differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, run: Callable[[], tuple[Tensor | None, ...]], *tensors: Tensor | None) -> Any:
+        ctx.op = op
+        return run()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(f"{ctx.op}: a gradient must be taken once, got a gradient of the gradient")
+
+
+def differentiable_once(op: str) -> Callable[[Backward], Backward]:
+    """Marks the backward of an autograd.Function: no gradient of the gradient, and an error rather than none.
+
+    torch's own `once_differentiable` refuses only where the gradient is asked for alone. Beside other terms, or where
+    an unused input is allowed, what is missing counts as 0 there.
+    """
+
+    def marked(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            return _Once.apply(op, lambda: backward(ctx, *grads), *grads, *ctx.saved_tensors)
+
+        return run
+
+    return marked

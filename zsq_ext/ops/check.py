@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from zsq_ext.ops.layout import COMPUTE
+from zsq_ext.ops.layout import COMPUTE, is_dense
 
 # Codes are computed in float32, which holds every integer up to here.
 _CODE_LIMIT = 2**24
@@ -56,13 +56,45 @@ def tensors(op: str, name: str, tensors: Any, like: Sequence[Tensor] | None = No
             )
 
 
+def apart(op: str, outs: Sequence[Tensor], inputs: Sequence[Tensor], many: bool = True) -> None:
+    """What is written to is no memory that another result or input lies in; a result may be its own input."""
+    if torch.compiler.is_compiling():  # which has no addresses
+        return
+    # What is not dense is written by a copy, and what is laid out otherwise is read by one: neither meets the other.
+    written = [(*_span(t), i, True) for i, t in enumerate(outs) if t.numel() and is_dense(t)]
+    read = [(*_span(t), i, False) for i, t in enumerate(inputs) if t.numel() and is_dense(t)]
+    open_: list[tuple[int, int, int, bool]] = []
+    for span in sorted(written + read):
+        open_ = [other for other in open_ if other[1] > span[0]]
+        for other in open_:
+            one, two = (span, other) if span[3] else (other, span)
+            itself = one[2:] != two[2:] and one[:3] == two[:3] and outs[one[2]].stride() == inputs[two[2]].stride()
+            if one[3] and not itself:
+                of = "x" if not many else f"tensors[{one[2]}]"
+                name = "out" if not many else f"out[{one[2]}]"
+                raise ValueError(
+                    f"{op}: {name} must be {of} itself or memory apart from all others, got memory shared in part"
+                )
+        open_.append(span)
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    begin = t.data_ptr()
+    return begin, begin + t.numel() * t.element_size()
+
+
 def code_range(op: str, qmin: int, qmax: int) -> None:
+    for name, value in (("qmin", qmin), ("qmax", qmax)):
+        if not isinstance(value, int):
+            raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
     if not -_CODE_LIMIT <= qmin <= qmax <= _CODE_LIMIT:
         raise ValueError(f"{op}: qmin must be <= qmax, both within 2**24 of 0, got {qmin} and {qmax}")
 
 
 def dimension(op: str, name: str, x: Tensor, axis: int) -> int:
     """axis counted from the front."""
+    if not isinstance(axis, int):
+        raise TypeError(f"{op}: axis must be an integer, got {axis!r}")
     dims = x.dim()
     if not -dims <= axis < dims:
         rule = f"in [{-dims}, {dims - 1}]" if dims else f"None for 0-d {name}"

@@ -129,6 +129,7 @@ def _check_out(out: Tensor, x: Tensor) -> None:
         raise ValueError(f"fake_quant: out must have x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"fake_quant: out must be on {x.device}, got {out.device}")
+    checks.apart("fake_quant", [out], [x], many=False)
 
 
 def fake_quant(
@@ -176,8 +177,8 @@ def fake_quant(
 
     Raises:
         TypeError: a type or dtype is not as above.
-        ValueError: a shape, device, range, axis or name is not as above.
-        NotImplementedError: the forced backend cannot run it; says why.
+        ValueError: a shape, device, range, axis or name is not as above, or out shares memory with x in part.
+        NotImplementedError: the forced backend cannot run it; says why. Also a gradient of lsq's gradient.
 
     Example:
         >>> x = torch.tensor([[-3.0, 0.26], [0.5, 9.0]])

@@ -190,6 +190,7 @@ def fake_quant_many(
     scales, zero_points, how = _checked(tensors, scales, zero_points, (qmin, qmax, axis), learned=grad == "lsq_plus")
     if out is not None:
         checks.tensors("fake_quant_many", "out", out, tensors)
+        checks.apart("fake_quant_many", out, tensors)
     if n == 0:
         return []
 

@@ -156,6 +156,7 @@ def fake_quant_minmax(
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *(out or ())))
     if out is not None:
         checks.tensors("fake_quant_minmax", "out", out, tensors)
+        checks.apart("fake_quant_minmax", out, tensors)
         if with_grad:
             raise ValueError("fake_quant_minmax: out must be None where a gradient is taken, got tensors")
     if not tensors:

@@ -3,9 +3,9 @@
 Broken on purpose on the CPU, each seen red: NaN through relu or relu6 turned into a bound, a gradient let through at
 exactly 0 or at exactly 6, the residual's mask ignored, the mean not subtracted, the last partial sum of a channel lost,
 one lane of eight lost, the residual added before b, half of the second sum's gradient, one sample's gradients of the
-sums used for all. Of the quantizer inside: what enters it not rounded to 16 bits (fp16_ties, bf16_ties), its clip left out
-of the mask (37 cases) or of the backward without one (24), one channel's grid for eight (9); and results written past
-the caches where rows are no whole lines (a fault).
+sums used for all. Of the quantizer inside: what enters it not rounded to 16 bits (fp16_ties, bf16_ties), its clip left
+out of the mask (37 cases) or of the backward without one (24), one channel's grid for eight (9); and results written
+past the caches where rows are no whole lines (a fault).
 """
 
 import numpy as np

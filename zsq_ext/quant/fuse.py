@@ -2,7 +2,7 @@
 
 A chain is a batch norm, the addition that alone reads it, the activation that alone reads that, and the quantizer of
 its values; what somebody else reads stays a node of its own. So taps come first: ``fuse(with_taps(module, names))``.
-A tap of which only the channel energies are wanted is no reader: they are read off the sums over the batch norm's input.
+A tap of which only the channel energies are wanted is no reader: they come from the sums over the batch norm's input.
 """
 
 from __future__ import annotations

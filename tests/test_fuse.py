@@ -170,6 +170,25 @@ def test_what_is_tapped_is_left_to_be_seen():
         torch.testing.assert_close(two, one, rtol=1e-11, atol=1e-12)
 
 
+def test_energies_are_those_of_the_maps_and_leave_the_shortcut_inside():
+    module = capture(trained(resnet20(10)).double(), torch.zeros(2, 3, 32, 32, dtype=torch.float64))
+    for parameter in module.parameters():
+        parameter.requires_grad_()
+    names = feature_maps(module)
+    tapped = with_taps(module, [*names, names[-1]])  # the last one is also wanted as it is
+    fused = fuse(tapped, energies=len(names))
+    assert sum(residual for _, residual in ops_of(fused)) == 8
+    x, found = normal(2, 3, 32, 32), []
+    for network in (tapped, fused):
+        leaf = x.clone().requires_grad_()
+        y, taps = network(leaf)
+        energies = [t.square().mean((2, 3)) if t.ndim == 4 else t for t in taps[:-1]]
+        loss = y.sum() + sum((e * normal(*e.shape, seed=4)).sum() for e in energies)
+        found.append([y, *energies, taps[-1], *torch.autograd.grad(loss, [leaf, *network.parameters()])])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
 def test_statistics_are_those_of_the_inputs():
     module = capture(trained(resnet20(10)).double(), torch.zeros(2, 3, 32, 32, dtype=torch.float64))
     norms = batch_norms(module)

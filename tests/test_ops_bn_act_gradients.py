@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zsq_ext.ops import backend, bn_act, channel_sums, reference, statistics_of
+from zsq_ext.ops import backend, bn_act, channel_energy, channel_sums, reference, statistics_of
 from zsq_ext.ops.cases import bn_act as cases
 
 CASE = {case.name: case for case in cases.BN_ACT}
@@ -269,3 +269,25 @@ def test_published_losses_have_their_closed_forms(seed):
     for batch, got in zip((u, other), _gradient(whole_set, u, other), strict=True):
         inner = wide(m - mu) + wide(10 * (std - sig) / std) * (batch - wide(m))
         torch.testing.assert_close(got, 2 / (c * 2 * n) * inner, **exact)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("stats", ["batch", "sample"])
+def test_energy_is_the_mean_square_of_what_a_batch_norm_yields(affine, stats):
+    u, mean, var = _problem(3)
+    gamma, beta = (torch.randn_like(mean), torch.randn_like(mean)) if affine else (None, None)
+    leaves = [t.clone().requires_grad_() for t in (u, gamma, beta) if t is not None]
+    axes, count = ((0, 2), 30) if stats == "batch" else (2, 5)
+    found = []
+    for direct in (True, False):
+        u, gamma, beta = leaves if affine else (*leaves, None, None)
+        y, *sums = bn_act(u, mean, var, gamma, beta, 1e-5, stats=stats)
+        energy = y.square().mean(axes) if direct else channel_energy(*sums, count, var, gamma, beta, 1e-5)
+        found.append([energy, *torch.autograd.grad((energy * torch.arange(3.0)).sum(), leaves)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_energy_counts_something():
+    with pytest.raises(ValueError, match=r"^channel_energy: count must be > 0, got 0$"):
+        channel_energy(torch.zeros(3), torch.zeros(3), 0, torch.ones(3), None, None, 0.0)

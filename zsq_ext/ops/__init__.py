@@ -2,7 +2,7 @@
 
 from zsq_ext.ops.adaround import adaround, adaround_many, adaround_start
 from zsq_ext.ops.bn_act import bn_act
-from zsq_ext.ops.bn_act_sums import channel_sums, statistics_of
+from zsq_ext.ops.bn_act_sums import channel_energy, channel_sums, statistics_of
 from zsq_ext.ops.channel_range import channel_range
 from zsq_ext.ops.fake_quant import fake_quant
 from zsq_ext.ops.fake_quant_codes import dequantize, quantize
@@ -22,6 +22,7 @@ __all__ = [
     "adaround_start",
     "bn_act",
     "cam_map",
+    "channel_energy",
     "channel_range",
     "channel_sums",
     "count_active",

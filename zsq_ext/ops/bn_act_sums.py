@@ -147,3 +147,34 @@ def statistics_of(s1: Tensor, s2: Tensor, count: int | Tensor, mean: Tensor) -> 
         raise ValueError(f"statistics_of: count must be > 0, got {count}")
     shift = s1 / count
     return mean + shift, (s2 / count - shift.square()).clamp_min(0)
+
+
+def channel_energy(
+    s1: Tensor, s2: Tensor, count: int, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """The mean square of what a batch norm yields, from the sums over what enters it: no second read.
+
+        a = gamma / sqrt(var + eps),     energy = a^2 (S2 / count - (S1 / count)^2) + (a S1 / count + beta)^2
+
+    Args:
+        s1, s2: sums of `bn_act` or `channel_sums`, shifted by the batch norm's own mean; (C,), or (N, C) per sample.
+        count: how many values of a channel were added up, > 0.
+        var, gamma, beta, eps: as for `bn_act`.
+
+    Returns:
+        The energies, shaped like the sums; differentiable in the sums, gamma and beta.
+
+    Raises:
+        ValueError: count is not positive.
+
+    Example:
+        >>> u, mean, var = torch.tensor([[1.0, -1.0], [3.0, 5.0]]), torch.tensor([1.0, 3.0]), torch.tensor([4.0, 1.0])
+        >>> channel_energy(*channel_sums(u, mean), 2, var, None, None, 0.0)
+        tensor([ 0.5000, 10.0000])
+    """
+    if not count > 0:
+        raise ValueError(f"channel_energy: count must be > 0, got {count}")
+    slope = (var + eps).rsqrt() if gamma is None else gamma * (var + eps).rsqrt()
+    shift = s1 / count
+    level = slope * shift if beta is None else slope * shift + beta
+    return slope.square() * (s2 / count - shift.square()).clamp_min(0) + level.square()

@@ -2,17 +2,19 @@
 
 A chain is a batch norm, the addition that alone reads it, the activation that alone reads that, and the quantizer of
 its values; what somebody else reads stays a node of its own. So taps come first: ``fuse(with_taps(module, names))``.
+A tap of which only the channel energies are wanted is no reader: they come from the sums over the batch norm's input.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
-from zsq_ext.ops import bn_act
+from zsq_ext.ops import bn_act, channel_energy
 from zsq_ext.quant.graph import ADDITIONS, BATCH_NORMS, aten, is_relu, upper_bound
 from zsq_ext.quant.modules import ActivationQuantizer
 
@@ -37,15 +39,20 @@ def bn_act_quantized(quantizer: ActivationQuantizer, u: Tensor, *norm: Any, **ho
     return quantizer(y) if isinstance(y, Tensor) else (quantizer(y[0]), *y[1:])
 
 
-def fuse(module: fx.GraphModule) -> fx.GraphModule:
+def fuse(module: fx.GraphModule, energies: int = 0) -> fx.GraphModule:
     """The same network with ``bn_act`` in the place of every batch norm and what follows it alone.
 
     Parameters and quantizers are shared; a quantizer inside an op is still calibrated by ``calibrating``.
 
     Values differ from the module's in the last bits: torch rounds a batch norm's products and sums in another order,
     each of the two a few times, so every normalised value moves by a few units in the last place of its largest term.
+
+    Args:
+        module: a captured, prepared or tapped network.
+        energies: so many of the first taps, all of them batch norms, are given as their channel energies (N, C): the
+            mean squares over the places, read off the batch norm's input, so that these taps are no readers.
     """
-    return _fused(module, None)[0]
+    return _fused(module, None, energies)[0]
 
 
 def fuse_with_statistics(module: fx.GraphModule) -> fx.GraphModule:
@@ -63,10 +70,17 @@ def fuse_with_statistics(module: fx.GraphModule) -> fx.GraphModule:
     return fused
 
 
-def _fused(module: fx.GraphModule, stats: str | None) -> tuple[fx.GraphModule, list[tuple[fx.Node, fx.Node]]]:
+def _fused(
+    module: fx.GraphModule, stats: str | None, energies: int = 0
+) -> tuple[fx.GraphModule, list[tuple[fx.Node, fx.Node]]]:
     graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    sums = []
+    output = graph.output(graph.graph_copy(module.graph, {}))
+    tapped: tuple[fx.Node, ...] = ()
+    if energies:
+        result, taps = output.args[0]
+        tapped = taps[:energies]
+        output.args = ((result, taps[energies:]),)
+    sums, energy = [], {}
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in BATCH_NORMS:
             continue
@@ -74,7 +88,7 @@ def _fused(module: fx.GraphModule, stats: str | None) -> tuple[fx.GraphModule, l
         u, gamma, beta, mean, var, _, _, eps, *_ = node.args
         last = chain.nodes[-1]
         with graph.inserting_before(last):
-            how = {"residual": chain.residual, "act": chain.act, "stats": stats}
+            how = {"residual": chain.residual, "act": chain.act, "stats": "sample" if node in tapped else stats}
             norm_args: tuple[Any, ...] = u, mean, var, gamma, beta, eps
             if chain.quantizer is None:
                 new = graph.call_function(bn_act, norm_args, how)
@@ -82,13 +96,19 @@ def _fused(module: fx.GraphModule, stats: str | None) -> tuple[fx.GraphModule, l
                 quantizer = graph.get_attr(str(chain.quantizer.target))
                 new = graph.call_function(bn_act_quantized, (quantizer, *norm_args), how)
             y = new
-            if stats is not None:
+            if how["stats"] is not None:
                 y, s1, s2 = (graph.call_function(operator.getitem, (new, i)) for i in range(3))
                 sums.append((s1, s2))
+            if node in tapped:
+                places = math.prod(int(n) for n in node.meta["val"].shape[2:])
+                energy[node] = graph.call_function(channel_energy, (s1, s2, places, var, gamma, beta, eps))
         y.meta = last.meta
         last.replace_all_uses_with(y)
         for old in reversed(chain.nodes):
             graph.erase_node(old)
+    if energies:
+        result, taps = output.args[0]
+        output.args = ((result, (*(energy[node] for node in tapped), *taps)),)
     graph.lint()
     return fx.GraphModule(module, graph, class_name="Fused"), sums
 

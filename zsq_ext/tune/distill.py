@@ -144,7 +144,11 @@ def sum_terms(terms: Terms) -> Tensor:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one forward of a network showed; ``cam`` holds what its class activation map is read from."""
+    """What one forward of a network showed.
+
+    ``features`` are maps or, of a fused network, their channel energies; ``cam`` holds what its class activation map is
+    read from.
+    """
 
     logits: Tensor
     features: tuple[Tensor, ...]
@@ -171,7 +175,10 @@ class _Network:
                 self._tail = None  # a map of one position explains nothing: an earlier layer's is taken
             self._cam = _cam_nodes(module, self._tail)
         names = [*self._features, *self._cam.values()]
-        self._tapped = fuse(with_taps(weights_together(module), names)) if fused else with_taps(module, names)
+        if fused:
+            self._tapped = fuse(with_taps(weights_together(module), names), energies=len(self._features))
+        else:
+            self._tapped = with_taps(module, names)
 
     def run(self, images: Tensor, with_grad: bool = False, maps: bool = False) -> _Seen:
         """One forward.

@@ -21,7 +21,7 @@ def feature_alignment(teacher_maps: Sequence[Tensor], student_maps: Sequence[Ten
     |.| is the Euclidean norm over the channels of one sample.
 
     Args:
-        teacher_maps, student_maps: one (B, C_l, H_l, W_l) per layer, same order.
+        teacher_maps, student_maps: one (B, C_l, H_l, W_l) per layer, same order; or their energies e_l, (B, C_l).
 
     Returns:
         The loss, unweighted (HAST's weight is 1000).
@@ -38,9 +38,9 @@ def feature_alignment(teacher_maps: Sequence[Tensor], student_maps: Sequence[Ten
         )
     distances = []
     for layer, (teacher, student) in enumerate(zip(teacher_maps, student_maps, strict=True)):
-        if teacher.shape != student.shape or teacher.ndim != 4:
+        if teacher.shape != student.shape or teacher.ndim not in (2, 4):
             raise ValueError(
-                f"feature_alignment: maps of layer {layer} must have one shape (B, C, H, W), "
+                f"feature_alignment: maps of layer {layer} must have one shape (B, C, H, W) or (B, C), "
                 f"got {tuple(teacher.shape)} and {tuple(student.shape)}"
             )
         distances.append(F.mse_loss(_channel_energy(student), _channel_energy(teacher)))
@@ -66,5 +66,5 @@ def signed_perturbation(x: Tensor, grad: Tensor, eps: float = 0.01) -> Tensor:
 
 
 def _channel_energy(feature: Tensor) -> Tensor:
-    """(B, C) mean squares over the spatial axes, of unit norm per sample."""
-    return F.normalize(widen(feature).square().mean((2, 3)), dim=1)
+    """(B, C) mean squares over the spatial axes, or what are such already, of unit norm per sample."""
+    return F.normalize(widen(feature).square().mean((2, 3)) if feature.ndim == 4 else feature, dim=1)

@@ -204,6 +204,15 @@ def test_contenders_take_turns_on_inputs_that_no_other_has_just_read():
     assert sorted(map(str, turns[2:])) == ["{'a'}", "{'b'}"]
 
 
+def test_a_median_of_two_lies_between_them():
+    assert timing._summary([4.0, 2.0]) == timing.Timing(3.0, 2.2, 3.8)
+
+
+def test_endless_timing_is_refused():
+    with pytest.raises(ValueError, match="seconds must be at least 0 and finite, got inf"):
+        families.rows(QUIET, seconds=math.inf)
+
+
 def test_a_forced_backend_is_chosen_outside_the_clock():
     seen = []
     record = lambda: seen.append(choice())  # noqa: E731
@@ -243,7 +252,7 @@ def test_steps_of_a_network(quick):
     assert 4 * forward < tuning <= 10 * forward
 
     header, *cells = bench.lines({"rows": rows})
-    assert header[-2:] == ["outside convolutions", "faster than"]
+    assert header[-2:] == ["outside convolutions", "times as fast as"]
     assert all(len(line) == len(header) for line in cells)
     assert "reference" in cells[1][-1]
 
@@ -252,7 +261,7 @@ def test_families_have_no_column_for_convolutions():
     row = dict.fromkeys(("op", "case", "dtype", "device", "backend", "pass"), "x")
     row |= {"ms": 1.0, "ms_p10": 0.5, "ms_p90": 2.0, "pct_of_floor": 50.0, "peers": {"eager": 3.0}}
     header, cells = bench.lines({"rows": [row]})
-    assert header[-2:] == ["% of floor", "faster than"]
+    assert header[-2:] == ["% of floor", "times as fast as"]
     assert cells[-2:] == ["50", "eager 3.00x"]
 
 

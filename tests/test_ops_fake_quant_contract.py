@@ -343,3 +343,23 @@ def test_a_second_device(name):
 
 def test_env_is_clean():
     assert os.environ.get("ZSQ_BACKEND", "auto") == "auto", "these tests choose backends themselves"
+
+
+def test_compiles_with_sizes_and_numbers_that_vary():
+    scale, zero_point = torch.tensor([0.1]), torch.zeros(1, dtype=torch.int32)
+
+    def run(x, factor):
+        step = scale.clone().requires_grad_()
+        fake_quant(x, step, zero_point, -8, 7, grad="lsq", grad_scale=factor).sum().backward()
+        return step.grad
+
+    forward = torch.compile(
+        lambda x, factor: fake_quant(x, scale, zero_point, -8, 7, grad="lsq", grad_scale=factor),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for size, factor in ((3, 0.5), (5, 0.25)):
+        x = torch.randn(size, 4)
+        assert torch.equal(forward(x, factor), fake_quant(x, scale, zero_point, -8, 7))
+        assert torch.equal(run(x, factor), run(x, 1.0) * factor)

@@ -47,10 +47,10 @@ def save(result: dict[str, Any], path: str | Path) -> None:
 
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
-    """The rows as cells of text, the header first; the last column says how often faster than each peer."""
+    """The rows as cells of text, the header first; the last column says how many times as fast as each peer."""
     header = ["op", "case", "dtype", "device", "backend", "pass", "ms", "p10-p90", "% of floor"]
     whole_steps = any("outside_convolutions" in row for row in result["rows"])
-    table = [[*header, *(["outside convolutions"] if whole_steps else []), "faster than"]]
+    table = [[*header, *(["outside convolutions"] if whole_steps else []), "times as fast as"]]
     for r in result["rows"]:
         floor = "" if r["pct_of_floor"] is None else f"{r['pct_of_floor']:.0f}"
         peers = ", ".join(f"{name} {ms / r['ms']:.2f}x" for name, ms in r["peers"].items())

@@ -1,5 +1,6 @@
 """The suite `families`: each op of zsq_ext.ops beside eager PyTorch and ATen's fused op, where there is one."""
 
+import math
 from typing import Any
 
 import torch
@@ -47,10 +48,13 @@ def rows(
         seconds: about how long each subject is timed, its peers included.
 
     Raises:
-        ValueError: no family has that name.
+        ValueError: no family has that name, or seconds is negative or not finite.
     """
     if only is not None and only not in FAMILIES:
         raise ValueError(f"bench: only must be one of {', '.join(FAMILIES)}, got {only!r}")
+    seconds = timing.SECONDS if seconds is None else seconds
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"bench: seconds must be at least 0 and finite, got {seconds}")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     subjects: list[Subject] = []
     for device in devices:
@@ -60,6 +64,6 @@ def rows(
     found = []
     with progress.stage("families", len(subjects)) as stage:
         for subject in subjects:
-            found += measured(subject, inductor, timing.SECONDS if seconds is None else seconds)
+            found += measured(subject, inductor, seconds)
             stage.advance(note=f"{subject.op} {subject.case}")
     return found

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -115,9 +116,7 @@ def _cuda_ms(function: Callable[..., Any], args: Any) -> float:
 
 
 def _summary(times: list[float]) -> Timing:
-    ordered = sorted(times)
-    at = lambda q: ordered[round(q * (len(ordered) - 1))]  # noqa: E731
-    return Timing(at(0.5), at(0.1), at(0.9))
+    return Timing(*(float(np.quantile(times, q)) for q in (0.5, 0.1, 0.9)))
 
 
 def copy_bandwidth(device: str, call_bytes: int | None = None) -> float:

@@ -46,7 +46,9 @@ def env(json: Json = None) -> None:
 
 def bench(
     suite: Annotated[str, typer.Option(help="families, the ops; or steps, one step of each engine.")] = "families",
-    only: Annotated[str | None, typer.Option(help="One family, such as fake_quant.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="One family of ops, such as fake_quant; a wrong name lists them.")
+    ] = None,
     inductor: Annotated[bool, typer.Option("--inductor", help="Also time torch.compile of the eager peers.")] = False,
     seconds: Annotated[
         float | None, typer.Option(min=0.0, help="How long each op is timed in each case, peers included; 0.15.")
@@ -64,6 +66,8 @@ def bench(
     from zsq_ext.bench import roofline
     from zsq_ext.core.progress import Progress
 
+    if plot is not None and (plot.suffix != ".svg" or plot.is_dir()):
+        raise ValueError(f"--plot must name an .svg file, got {plot}")
     before = None if compare is None else _result(compare)
     if before is not None:
         comparing.check(before, suite)

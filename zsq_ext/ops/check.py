@@ -60,6 +60,9 @@ def apart(op: str, outs: Sequence[Tensor], inputs: Sequence[Tensor], many: bool 
     """What is written to is no memory that another result or input lies in; a result may be its own input."""
     if torch.compiler.is_compiling():  # which has no addresses
         return
+    tensors = (*outs, *(t for t, out in zip(inputs, outs, strict=True) if t is not out))
+    if len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors):  # as it almost always is
+        return
     # What is not dense is written by a copy, and what is laid out otherwise is read by one: neither meets the other.
     written = [(*_span(t), i, True) for i, t in enumerate(outs) if t.numel() and is_dense(t)]
     read = [(*_span(t), i, False) for i, t in enumerate(inputs) if t.numel() and is_dense(t)]

@@ -18,7 +18,7 @@ demo: $(VENV)/.quick
 	$(BIN)/zsq demo
 
 test: $(VENV)/.native
-	$(BIN)/pytest -n auto --dist loadgroup
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/.native
 	$(BIN)/ruff check .

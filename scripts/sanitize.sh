@@ -23,5 +23,5 @@ export ZSQ_REQUIRE=cpu
 export ZSQ_NATIVE_MODULE=$(ls "$PWD/$build"/_C*.so)
 # SIMD and scalar paths, threads and poisoned memory are all in here; what compiles or needs a process of its own is not
 exec "$PYTHON" -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))' -q -p no:cacheprovider -n auto \
-  --dist loadgroup tests/test_ops_*.py \
+  --dist loadfile tests/test_ops_*.py \
   -k "not triton and not cuda and (reference_bits or agrees_with or scalar or of_threads or nor_threads or misaligned)" "$@"

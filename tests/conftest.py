@@ -36,10 +36,8 @@ DEVICE_OF = {"reference": _GPU_OR_CPU, "cpu": "cpu", "cuda": "cuda", "triton": _
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.xdist_group("gpu"))  # which there is one of
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="no CUDA device is visible"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device is visible"))
 
 
 @pytest.fixture(params=[name for name in backend.NAMES if name != "reference"])

@@ -23,10 +23,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ARCHS = 80, 90
 
-pytestmark = [
-    pytest.mark.xdist_group("ptx"),  # compiled once
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 # What the benchmarks time, in each of its forms: a family's cases, and the functions of the backend called with one.

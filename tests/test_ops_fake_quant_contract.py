@@ -128,7 +128,7 @@ def test_lsq_gives_what_is_wanted_and_is_differentiable_once():
     scale.requires_grad_()
     out = fake_quant(x, scale, zero_point, *range_, grad="lsq")
     (dscale,) = torch.autograd.grad(out, scale, CASE["axis_1"].grad().requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(NotImplementedError, match="a gradient must be taken once"):
         dscale.sum().backward()
     assert not fake_quant(x, scale, zero_point, *range_, grad="ste").requires_grad
     with torch.no_grad():

@@ -11,6 +11,7 @@ from zsq_ext.ops import check as checks
 from zsq_ext.ops.bn_act_spec import LAYER, Grads, Layer, Needs, Norm, Outputs, Quant
 from zsq_ext.ops.bn_act_sums import STATS, check_channels, check_input, fake_sums, pair, wants_undefined
 from zsq_ext.ops.layout import channels_last, empty_arranged, rows_of
+from zsq_ext.ops.once import once
 
 ACTS = ("none", "relu", "relu6", "silu", "hardswish")
 QUANT_GRADS = ("ste_clip", "ste")
@@ -92,24 +93,13 @@ class _BnAct(torch.autograd.Function):
         if grad_y is not None or grads[1] is not None:
             passed = need_residual and mask is None and act == "none"  # what passes everywhere needs no writing again
             needs = need_u, need_residual and not passed, need_gamma or need_beta
-            # Only where a graph of the gradient is made does a function of its own say what cannot be had.
-            run = _Backward.apply if torch.is_grad_enabled() else _backward
-            found = run(u, residual, mask, *grads, *needs, *norm, eps, act, scale, zero_point, *rest)
+            args = u, residual, mask, *grads, *needs, *norm, eps, act, scale, zero_point, *rest
+            found = once("bn_act", lambda: _backward(*args), *grads, *ctx.saved_tensors)
             du = found[0] if need_u else None
             if grad_y is not None:
                 dr = grad_y if passed else found[1] if need_residual else None
                 dgamma, dbeta = found[2] if need_gamma else None, found[3] if need_beta else None
         return du, dr, None, None, None, dgamma, dbeta, *[None] * len(others)
-
-
-class _Backward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _backward(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError("bn_act: a gradient must be taken once, got a gradient of the gradient")
 
 
 def _check_residual(residual: Tensor | None, u: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from zsq_ext.ops import backend
 from zsq_ext.ops import check as checks
 from zsq_ext.ops.layout import COMPUTE, channels_last, empty_arranged
+from zsq_ext.ops.once import differentiable_once
 
 STATS = ("batch", "sample")
 
@@ -48,22 +49,13 @@ class _ChannelSums(torch.autograd.Function):
         return _op(u, mean, stats)
 
     @staticmethod
+    @differentiable_once("channel_sums")
     def backward(ctx: Any, grad_s1: Tensor | None, grad_s2: Tensor | None) -> tuple[Tensor | None, ...]:
         u, mean = ctx.saved_tensors
         grad_s1, grad_s2 = pair(grad_s1, grad_s2)
         if grad_s1 is None:
             return None, None, None
-        return _SumsBackward.apply(u, mean, grad_s1, grad_s2), None, None
-
-
-class _SumsBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, mean: Tensor, grad_s1: Tensor, grad_s2: Tensor) -> Tensor:
-        return _op_backward(u, mean, grad_s1, grad_s2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError("channel_sums: a gradient must be taken once, got a gradient of the gradient")
+        return _op_backward(u, mean, grad_s1, grad_s2), None, None
 
 
 def check_input(op: str, u: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zsq_ext.ops import backend
 from zsq_ext.ops.layout import COMPUTE, channels_last, empty_arranged
+from zsq_ext.ops.once import differentiable_once
 
 
 def _fake_map(activation: Tensor, alpha: Tensor, floor: float | None) -> Tensor:
@@ -38,20 +39,9 @@ class _CamMap(torch.autograd.Function):
         return maps
 
     @staticmethod
+    @differentiable_once("cam_map")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _MapBackward.apply(*ctx.saved_tensors, grad, ctx.floor), None, None
-
-
-class _MapBackward(torch.autograd.Function):
-    """The backward as a function of its own, which says what it is that it cannot do."""
-
-    @staticmethod
-    def forward(ctx: Any, activation: Tensor, *rest: Any) -> Tensor:
-        return _op_map_backward(activation, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError("cam_map: a gradient must be taken once, got a gradient of the gradient")
+        return _op_map_backward(*ctx.saved_tensors, grad, ctx.floor), None, None
 
 
 def _check_activation(op: str, name: str, x: Tensor) -> None:

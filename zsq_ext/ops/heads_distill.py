@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zsq_ext.ops import backend
 from zsq_ext.ops.layout import COMPUTE
+from zsq_ext.ops.once import differentiable_once
 from zsq_ext.ops.reference.heads import ROW
 
 KD_SCALINGS = ("kl_mean", "kl_batchmean", "mse", "entropy")
@@ -71,25 +72,14 @@ class _DistillHead(torch.autograd.Function):
         return kd, ce, easy, counts
 
     @staticmethod
+    @differentiable_once("distill_head")
     def backward(ctx: Any, grad_kd: Tensor | None, grad_ce: Tensor | None, *counts: Any) -> tuple[Tensor | None, ...]:
         if grad_kd is None and grad_ce is None:
             return (None,) * 10
         need_student, need_teacher = ctx.needs_input_grad[:2]
         need_teacher = need_teacher and grad_kd is not None
-        ds, dt = _Backward.apply(*ctx.saved_tensors, grad_kd, grad_ce, *ctx.rest, need_student, need_teacher)
+        ds, dt = _op_backward(*ctx.saved_tensors, grad_kd, grad_ce, *ctx.rest, need_student, need_teacher)
         return ds if need_student else None, dt if need_teacher else None, *(None,) * 8
-
-
-class _Backward(torch.autograd.Function):
-    """The backward as a function of its own, which says what it is that it cannot do."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        return _op_backward(student, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError("distill_head: a gradient must be taken once, got a gradient of the gradient")
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:

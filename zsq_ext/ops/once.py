@@ -23,6 +23,13 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.op}: a gradient must be taken once, got a gradient of the gradient")
 
 
+def once(op: str, run: Callable[[], Any], *tensors: Tensor | None) -> Any:
+    """run(), the gradients of op. Where a graph of them is made they hang on the tensors, and refuse a gradient."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return run()
+    return _Once.apply(op, run, *tensors)
+
+
 def differentiable_once(op: str) -> Callable[[Backward], Backward]:
     """Marks the backward of an autograd.Function: no gradient of the gradient, and an error rather than none.
 
@@ -33,9 +40,7 @@ def differentiable_once(op: str) -> Callable[[Backward], Backward]:
     def marked(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return backward(ctx, *grads)
-            return _Once.apply(op, lambda: backward(ctx, *grads), *grads, *ctx.saved_tensors)
+            return once(op, lambda: backward(ctx, *grads), *grads, *ctx.saved_tensors)
 
         return run
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
+from recipes import changed
 from torch import nn
 
 import zsq_ext as zsq
@@ -19,7 +20,7 @@ from zsq_ext.synth.pixels import PixelConfig
 from zsq_ext.tune.finetune import TuneConfig
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, SoftLabels
 
-QUICK = replace(
+QUICK = changed(
     synq.config("smoke", "repo"),
     images=8,
     held_out=4,
@@ -27,9 +28,9 @@ QUICK = replace(
     generator=GeneratorConfig(steps=3, batch=4),
     range_steps=3,
     range_batch=4,
-    tune=TuneConfig(epochs=2, steps_per_epoch=2, batch=4, lr=1e-5),
+    finetune=TuneConfig(epochs=2, steps_per_epoch=2, batch=4, lr=1e-5),
 )
-NO_TUNING = replace(QUICK.tune, epochs=0)
+NO_TUNING = replace(QUICK.tune.finetune, epochs=0)
 
 
 def quantize(model, method="synq", shape=(3, 8, 8), **more):
@@ -100,7 +101,7 @@ def test_the_callers_model_is_not_touched(nets):
 
 @pytest.mark.parametrize("ranges", ["images", "generator"])
 def test_the_same_seed_is_the_same_result_and_global_streams_are_not_used(model, ranges):
-    config = replace(QUICK, ranges=ranges, pixels=replace(QUICK.pixels, crop_probability=0.5))
+    config = changed(QUICK, ranges=ranges, pixels=replace(QUICK.images.pixels, crop_probability=0.5))
     torch.manual_seed(1)
     before = torch.random.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
     one = quantize(model, config=config)
@@ -166,14 +167,14 @@ def test_quality_says_when_nothing_was_held_out(model):
     images = torch.randn(7, 3, 8, 8)
     held = quantize(model, images=images)
     assert (held.quality.images, held.quality.unseen, len(held.images)) == (1, True, 6)
-    alone = zsq.synthesize(model, "noise", input_shape=(3, 8, 8), config=replace(QUICK, held_out=0), progress=QUIET)
+    alone = zsq.synthesize(model, "noise", input_shape=(3, 8, 8), config=changed(QUICK, held_out=0), progress=QUIET)
     flattered = quantize(model, images=alone)
     assert (flattered.quality.images, flattered.quality.unseen) == (8, False)
     assert flattered.quality.to_dict()["unseen"] is False
 
 
 def test_range_rules_reach_the_quantizers(model):
-    result = quantize(model, "minmax", a_range="minmax", w_range="lp", config=replace(QUICK, tune=NO_TUNING))
+    result = quantize(model, "minmax", a_range="minmax", w_range="lp", config=changed(QUICK, finetune=NO_TUNING))
     assert {quantizer.range_kind for quantizer in activation_quantizers(result.model)} == {"minmax"}
     assert result.qconfig.w_range == "lp"
 
@@ -196,13 +197,13 @@ def test_no_tuning_leaves_the_teachers_weights(model):
 
 def test_ideas_are_added_or_replace_the_methods_own(model, result):
     def ideas(result):
-        return {row["idea"]: row for row in result.config["hyperparameters"]["distill"]["ideas"]}
+        return {row["idea"]: row for row in result.config["hyperparameters"]["tune"]["distill"]["ideas"]}
 
     assert set(ideas(result)) == {"LowPass", "CamAlign", "SoftLabels", "FeatureAlign", "Perturb"}
-    changed = quantize(model, ideas=(LowPass(d0=2.0), CamAlign(0)))
-    assert ideas(changed)["LowPass"]["d0"] == 2.0
-    assert "cam" not in changed.histories["tuning"][0]
-    plain = replace(QUICK, distill=replace(QUICK.distill, ideas=()))
+    moved = quantize(model, ideas=(LowPass(d0=2.0), CamAlign(0)))
+    assert ideas(moved)["LowPass"]["d0"] == 2.0
+    assert "cam" not in moved.histories["tuning"][0]
+    plain = changed(QUICK, distill=replace(QUICK.tune.distill, ideas=()))
     added = quantize(model, config=plain, ideas=SoftLabels(0.3))
     assert list(ideas(added)) == ["SoftLabels"]
     with pytest.raises(TypeError, match=r"quantize: ideas must be instances of LowPass, .*, got 'LowPass'"):
@@ -215,10 +216,11 @@ def test_preset_and_profile_are_part_of_the_record(model, monkeypatch, tmp_path,
 
     def small(preset, profile):
         config = synq.config(preset, profile)
-        sizes = {name: getattr(QUICK, name) for name in ("images", "held_out", "pixels", "generator")}
-        centres = replace(config.centre_pixels, iterations=3)
-        tuning = replace(config.tune, epochs=1, steps_per_epoch=2, batch=4)
-        return replace(config, **sizes, centre_pixels=centres, tune=tuning)
+        sizes = {name: getattr(QUICK.images, name) for name in ("images", "held_out", "pixels")}
+        centres = replace(config.images.centre_pixels, iterations=3)
+        tuning = replace(config.tune.finetune, epochs=1, steps_per_epoch=2, batch=4)
+        generator = QUICK.tune.generator
+        return changed(config, **sizes, centre_pixels=centres, generator=generator, finetune=tuning)
 
     from zsq_ext import methods
 
@@ -228,7 +230,7 @@ def test_preset_and_profile_are_part_of_the_record(model, monkeypatch, tmp_path,
     assert record == result.config
     assert record["preset"] == "cifar"
     assert record["profile"] == (profile or "repo")
-    assert record["hyperparameters"]["bns_form"] == ("mean_std" if profile == "paper" else "mean_var")
+    assert record["hyperparameters"]["images"]["bns_form"] == ("mean_std" if profile == "paper" else "mean_var")
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -239,7 +241,7 @@ def test_a_configuration_by_hand_is_no_preset(result):
 def test_images_of_the_users_own(nets, model):
     images, labels = torch.randn(24, 3, 8, 8), torch.arange(24) % 5
     kept = images.clone()
-    result = quantize(model, images=images, labels=labels, config=replace(QUICK, ranges="generator"))
+    result = quantize(model, images=images, labels=labels, config=changed(QUICK, ranges="generator"))
     assert result.images.shape == (21, 3, 8, 8)  # an eighth is held out
     assert result.quality.images == 3
     assert torch.equal(images, kept)
@@ -343,8 +345,8 @@ REFUSED = {
     ),
     "a_range": ({"a_range": "max"}, ValueError, "a_range must be one of ema, legacy_ema, minmax, lp, got 'max'"),
     "ideas by name": ({"ideas": "LowPass"}, TypeError, r"ideas must be a tuple of ideas such as .*, got 'LowPass'"),
-    "config empty": ({"config": {}}, TypeError, "config must be a QatConfig, got dict"),
-    "config": ({"config": {"images": 3}}, TypeError, "config must be a QatConfig, got dict"),
+    "config empty": ({"config": {}}, TypeError, "config must be a Recipe, got dict"),
+    "config": ({"config": {"images": 3}}, TypeError, "config must be a Recipe, got dict"),
     "w_bits low": ({"w_bits": 1}, ValueError, "w_bits must be an integer from 2 to 8, got 1"),
     "w_bits high": ({"w_bits": 9}, ValueError, "w_bits must be an integer from 2 to 8, got 9"),
     "w_bits none": ({"w_bits": None}, ValueError, "w_bits must be an integer from 2 to 8, got None"),
@@ -455,7 +457,7 @@ def test_shapes_the_model_rejects_are_named(tmp_path):
 def test_what_would_fail_late_is_refused_before_any_work(nets, tmp_path):
     odd = nets.residual((3, 10, 10))
     with pytest.raises(ValueError, match=r"^quantize: input_shape must have height and width divisible by 4 where"):
-        quantize(odd, shape=(3, 10, 10), config=replace(QUICK, ranges="generator"), out=tmp_path / "run")
+        quantize(odd, shape=(3, 10, 10), config=changed(QUICK, ranges="generator"), out=tmp_path / "run")
     flat = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
     with pytest.raises(ValueError, match=r"^quantize: the model must have a convolution with a map larger than 1 x 1"):
         quantize(flat, shape=(3, 2, 2), ideas=FeatureAlign(0), out=tmp_path / "run")

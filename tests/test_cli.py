@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from recipes import changed
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -100,16 +101,17 @@ def weights(tmp_path, monkeypatch):
 def small(monkeypatch, tmp_path):
     """Runs of a second, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    config = dataclasses.replace(
+    config = changed(
         synq.config("smoke", "repo"),
         images=12,
         held_out=4,
         pixels=PixelConfig(batch=16, iterations=2),
-        tune=TuneConfig(epochs=2, steps_per_epoch=2, batch=4, lr=1e-4),
+        finetune=TuneConfig(epochs=2, steps_per_epoch=2, batch=4, lr=1e-4),
         range_steps=2,
         range_batch=8,
     )
-    monkeypatch.setitem(synq._PRESETS, "smoke", config)
+    monkeypatch.setitem(synq.IMAGES, "smoke", config.images)
+    monkeypatch.setitem(synq.TUNING, "smoke", config.tune)
 
 
 def test_teachers_are_read_from_their_files(weights):
@@ -147,7 +149,10 @@ def test_quantize_with_test_data(net, cifar, tmp_path):
     assert "\x1b" not in done.stdout
     page = (out / "report.html").read_text()
     assert "20 test images of cifar10" in page
-    assert json.loads((out / "config.json").read_text())["config"]["hyperparameters"]["distill"]["ideas"][0]["d0"] == 8
+    assert (
+        json.loads((out / "config.json").read_text())["config"]["hyperparameters"]["tune"]["distill"]["ideas"][0]["d0"]
+        == 8
+    )
 
     # what was written can be measured again, and gives the same accuracy
     again = zsq_("evaluate", "--model", net, "--quantized", out / "model.safetensors", "--data", cifar, "--json", "-")

@@ -203,7 +203,7 @@ def test_the_direction_flows_through_the_teacher_only_when_asked(teacher, studen
 
 
 def test_the_teacher_gets_no_gradient_and_no_hooks(teacher, student, tools):
-    config = synq.config("cifar", "repo").distill
+    config = synq.TUNING["cifar"].distill
     distiller = Distiller(teacher, student, config)
     for _ in range(3):
         sum_terms(distiller(IMAGES, LABELS)).backward()
@@ -217,7 +217,7 @@ def test_the_teacher_gets_no_gradient_and_no_hooks(teacher, student, tools):
 
 @pytest.mark.parametrize("profile", ["repo", "paper"])
 def test_a_step_runs_each_network_twice(teacher, student, profile):
-    distiller = Distiller(teacher, student, synq.config("imagenet", profile).distill)
+    distiller = Distiller(teacher, student, synq.config("imagenet", profile).tune.distill)
     for step in (1, 2):
         distiller(IMAGES, LABELS)
         assert distiller._student.calls == 2 * step
@@ -239,7 +239,7 @@ def test_a_step_costs_no_more_than_ten_forwards(big, profile, limit):
         network(images)
     # 40.8 M multiply-adds per image in the specification's table, two FLOPs each, two images
     assert one.get_total_flops() == pytest.approx(2 * 2 * 40.8e6, rel=0.01)
-    distiller = Distiller(network, student, synq.config("imagenet", profile).distill)
+    distiller = Distiller(network, student, synq.config("imagenet", profile).tune.distill)
     parameters = list(student.parameters())
     with counting_flops() as step:
         torch.autograd.grad(sum_terms(distiller(images, labels)), parameters)

@@ -1,17 +1,20 @@
 """The methods: paper and released code told apart row by row, and each idea where it belongs."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from recipes import changed
 
 from zsq_ext import methods
 from zsq_ext.core.progress import QUIET
 from zsq_ext.core.run import Run
 from zsq_ext.core.spec import InputSpec
-from zsq_ext.methods import hast, qat, synq
+from zsq_ext.methods import controls, hast, qat, synq
+from zsq_ext.methods.images import GaussianImages, PixelImages
 from zsq_ext.methods.job import Images, Job
-from zsq_ext.methods.qat import QatConfig
+from zsq_ext.methods.qat import Qat
+from zsq_ext.methods.recipe import Recipe
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import activation_quantizers
 from zsq_ext.synth.filters import LowPass as LowPassFilter
@@ -22,7 +25,7 @@ from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, Perturb, SoftLab
 
 
 def idea(config, kind):
-    return config.distill.find(kind)
+    return config.tune.distill.find(kind)
 
 
 # what differs between the paper and the released code: (row, how to read it, paper, repo)
@@ -32,19 +35,24 @@ SWITCHED = [
     ("CAM weights", lambda c: idea(c, CamAlign).clamp, False, True),
     ("CAM normalisation", lambda c: idea(c, CamAlign).normalise, "raw", "minmax_upsampled"),
     ("feature alignment", lambda c: getattr(idea(c, FeatureAlign), "weight", None), None, 1000),
-    ("BNS statistics", lambda c: c.bns_form, "mean_std", "mean_var"),
-    ("L-BNS", lambda c: c.lbns > 0 and c.centres, True, False),
-    ("centre rate", lambda c: (c.centre_pixels.lr, c.centre_pixels.min_lr), (0.05, 0.05), (0.5, 0.05)),
-    ("optimiser", lambda c: c.tune.nesterov, False, True),
+    ("BNS statistics", lambda c: c.images.bns_form, "mean_std", "mean_var"),
+    ("L-BNS", lambda c: c.images.lbns > 0 and c.images.centres, True, False),
+    ("centre rate", lambda c: (c.images.centre_pixels.lr, c.images.centre_pixels.min_lr), (0.05, 0.05), (0.5, 0.05)),
+    ("optimiser", lambda c: c.tune.finetune.nesterov, False, True),
     ("difficulty test", lambda c: idea(c, SoftLabels).strict, False, True),
 ]
 # rows with one number, or none, to switch: the paper searches over a grid that holds the released value and names no
 # winner, or the specification settles on one value for both (section 7)
 SHARED = [
     ("perturbation weight", ("cifar", "imagenet"), lambda c: idea(c, Perturb).weight, 1),
-    ("ImageNet fine-tune batch", ("imagenet",), lambda c: c.tune.batch, 16),
-    ("lr", ("imagenet",), lambda c: c.tune.lr, 1e-6),
-    ("optimiser", ("cifar", "imagenet"), lambda c: (c.tune.momentum, c.tune.weight_decay), (0.9, 1e-4)),
+    ("ImageNet fine-tune batch", ("imagenet",), lambda c: c.tune.finetune.batch, 16),
+    ("lr", ("imagenet",), lambda c: c.tune.finetune.lr, 1e-6),
+    (
+        "optimiser",
+        ("cifar", "imagenet"),
+        lambda c: (c.tune.finetune.momentum, c.tune.finetune.weight_decay),
+        (0.9, 1e-4),
+    ),
 ]
 
 
@@ -64,9 +72,9 @@ def test_rows_without_two_published_numbers_are_shared(row, presets, read, value
 def test_hast_is_the_pipeline_without_synqs_three_ideas():
     for preset in methods.PRESETS:
         config, base = hast.config(preset, "repo"), synq.config(preset, "repo")
-        assert {type(i) for i in config.distill.ideas} == {FeatureAlign, Perturb}
-        assert config.distill.ce == 0
-        assert config.pixels == base.pixels
+        assert {type(i) for i in config.tune.distill.ideas} == {FeatureAlign, Perturb}
+        assert config.tune.distill.ce == 0
+        assert config.images == base.images
 
 
 def test_every_method_gives_a_configuration_for_every_preset_and_profile():
@@ -74,12 +82,13 @@ def test_every_method_gives_a_configuration_for_every_preset_and_profile():
         for preset in methods.PRESETS:
             for profile in method.profiles:
                 config = method.config(preset, profile)
-                assert isinstance(config, QatConfig), name
-                assert (config.tune.epochs == 0) == (name == "minmax")
-                assert (config.source == "noise") == (name == "noise")
+                assert isinstance(config, Recipe), name
+                assert isinstance(config.images, GaussianImages if name == "noise" else PixelImages)
+                assert isinstance(config.tune, Qat)
+                assert (config.tune.finetune.epochs == 0) == (name == "minmax")
 
 
-QUICK = replace(
+QUICK = changed(
     synq.config("smoke", "repo"),
     images=8,
     held_out=4,
@@ -88,7 +97,7 @@ QUICK = replace(
     generator=GeneratorConfig(steps=4, batch=4),
     range_steps=3,
     range_batch=4,
-    tune=TuneConfig(epochs=1, steps_per_epoch=4, batch=4, lr=1e-5),
+    finetune=TuneConfig(epochs=1, steps_per_epoch=4, batch=4, lr=1e-5),
 )
 
 
@@ -98,7 +107,7 @@ def job(teacher, given=None, **more):
 
 
 def with_ideas(*ideas, **fields):
-    return replace(QUICK, distill=replace(QUICK.distill, ideas=ideas, **fields))
+    return changed(QUICK, distill=replace(QUICK.tune.distill, ideas=ideas, **fields))
 
 
 @pytest.fixture
@@ -107,14 +116,14 @@ def seen(monkeypatch):
     record = {}
 
     def watch(name, real):
-        def call(job, config, student, images):
+        def call(tuning, job, student, images):
             record[name] = images
-            return real(job, config, student, images)
+            return real(tuning, job, student, images)
 
         return call
 
-    monkeypatch.setattr(synq, "calibrate", watch("calibrate", qat.calibrate))
-    monkeypatch.setattr(synq, "tune", watch("tune", qat.tune))
+    monkeypatch.setattr(Qat, "calibrate", watch("calibrate", Qat.calibrate))
+    monkeypatch.setattr(Qat, "tune", watch("tune", Qat.tune))
     return record
 
 
@@ -125,7 +134,7 @@ def test_the_filter_once_changes_the_set_and_per_step_the_batches(teacher, seen,
     outcomes = {}
     for when in ("once", "step", None):
         ideas = () if when is None else (LowPass(d0=2.0, when=when),)
-        outcomes[when] = synq.run(job(teacher), with_ideas(*ideas))
+        outcomes[when] = with_ideas(*ideas).run(job(teacher))
         made = outcomes[when].images.images
         expected = low(made) if when == "once" else made
         assert torch.equal(seen["calibrate"], expected)
@@ -142,25 +151,25 @@ def test_the_filter_once_changes_the_set_and_per_step_the_batches(teacher, seen,
 def test_switched_off_ideas_leave_the_host_bit_for_bit(teacher):
     """Weights of zero, and ideas taken out: the same random numbers, the same student."""
     off = with_ideas(CamAlign(0), FeatureAlign(0), Perturb(0), SoftLabels(tau=1, strict=False))
-    one, two = synq.run(job(teacher), off), synq.run(job(teacher), with_ideas())
+    one, two = off.run(job(teacher)), with_ideas().run(job(teacher))
     assert one.histories == two.histories
     states = one.student.state_dict(), two.student.state_dict()
     for name in states[0]:
         assert torch.equal(states[0][name], states[1][name]), name
-    more = synq.run(job(teacher), with_ideas(CamAlign(50)))
+    more = with_ideas(CamAlign(50)).run(job(teacher))
     assert torch.equal(more.images.images, one.images.images)  # a tuning idea draws nothing from the images' streams
     assert more.histories != one.histories
 
 
 def test_centres_join_the_tuning_set_or_steer_the_images(teacher):
-    plain = qat.synthesise(job(teacher), QUICK)
+    plain = QUICK.images.make(job(teacher))
     assert plain.images.shape == (8, 3, 8, 8)
     assert plain.held_out.shape == (4, 3, 8, 8)
-    joined = qat.synthesise(job(teacher), replace(QUICK, centres=True))
+    joined = replace(QUICK.images, centres=True).make(job(teacher))
     assert torch.equal(joined.images[:8], plain.images)
     assert joined.labels[8:].tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(joined.held_out, plain.held_out)
-    steered = qat.synthesise(job(teacher), replace(QUICK, centres=True, lbns=0.01))
+    steered = replace(QUICK.images, centres=True, lbns=0.01).make(job(teacher))
     assert steered.images.shape == plain.images.shape
     assert not torch.equal(steered.images, plain.images)
     assert steered.history[0]["lbns"] > 0
@@ -168,7 +177,7 @@ def test_centres_join_the_tuning_set_or_steer_the_images(teacher):
 
 @pytest.mark.parametrize("ranges", ["generator", "images"])
 def test_ranges_come_from_where_they_are_asked_to(teacher, ranges):
-    outcome = synq.run(job(teacher), replace(QUICK, ranges=ranges))
+    outcome = changed(QUICK, ranges=ranges).run(job(teacher))
     assert [row["step"] for row in outcome.histories["ranges"]] == ([4] if ranges == "generator" else [])
     batches = {b.item() for n, b in outcome.student.named_buffers() if n.endswith(".batches")}
     assert batches == {4 if ranges == "generator" else 3}
@@ -182,11 +191,11 @@ def test_ranges_come_from_where_they_are_asked_to(teacher, ranges):
 def test_given_images_need_neither_generation_nor_a_generator(teacher):
     images = torch.randn(6, 3, 8, 8)
     given = Images(images, torch.arange(6) % 5, images[:0], torch.zeros(0, dtype=torch.int64))
-    outcome = synq.run(job(teacher, given), replace(QUICK, ranges="generator"))
+    outcome = changed(QUICK, ranges="generator").run(job(teacher, given))
     assert outcome.images is given
     assert outcome.histories["images"] == outcome.histories["ranges"] == []
     batches = {b.item() for n, b in outcome.student.named_buffers() if n.endswith(".batches")}
-    assert batches == {QUICK.range_steps}
+    assert batches == {QUICK.tune.range_steps}
 
 
 def test_configurations_are_plain_values():
@@ -196,19 +205,33 @@ def test_configurations_are_plain_values():
     for preset in methods.PRESETS:
         config = synq.config(preset, "repo")
         assert config == synq.config(preset, "repo")
-        json.dumps(asdict(config))
+        json.dumps(config.to_dict())
+        hash(config)
         with pytest.raises(AttributeError):
             config.images = 1
 
 
+def test_a_recipe_says_what_its_halves_are():
+    record = synq.config("smoke", "repo").to_dict()
+    assert (record["images"]["kind"], record["tune"]["kind"]) == ("PixelImages", "Qat")
+    assert record["images"]["pixels"]["iterations"] == synq.IMAGES["smoke"].pixels.iterations
+    assert record["tune"]["distill"]["ideas"][0] == {"idea": "LowPass", "d0": 8, "when": "step"}
+
+
 BROKEN = {
-    "source": (lambda: replace(QUICK, source="noize"), "QatConfig: source must be one of pixels, noise, got 'noize'"),
-    "ranges": (lambda: replace(QUICK, ranges="imags"), "QatConfig: ranges must be one of generator, images, got .*"),
-    "range_steps": (lambda: replace(QUICK, range_steps=0), "QatConfig: range_steps must be at least 1, got 0"),
-    "lbns": (lambda: replace(QUICK, lbns=0.02), "QatConfig: lbns must be 0 without centres, got 0.02"),
-    "batch": (lambda: replace(QUICK.tune, batch=0), "TuneConfig: batch must be at least 1, got 0"),
-    "nesterov": (lambda: replace(QUICK.tune, momentum=0.0), "TuneConfig: nesterov must have a momentum, got True"),
-    "kd": (lambda: replace(QUICK.distill, kd="kl_foo"), "DistillConfig: kd must be one of kl_mean, .*, got 'kl_foo'"),
+    "ranges": (lambda: changed(QUICK, ranges="imags"), "Qat: ranges must be one of generator, images, got .*"),
+    "range_steps": (lambda: changed(QUICK, range_steps=0), "Qat: range_steps must be at least 1, got 0"),
+    "lbns": (lambda: changed(QUICK, lbns=0.02), "PixelImages: lbns must be 0 without centres, got 0.02"),
+    "noise": (lambda: GaussianImages(images=0), "GaussianImages: images must be at least 1, got 0"),
+    "batch": (lambda: replace(QUICK.tune.finetune, batch=0), "TuneConfig: batch must be at least 1, got 0"),
+    "nesterov": (
+        lambda: replace(QUICK.tune.finetune, momentum=0.0),
+        "TuneConfig: nesterov must have a momentum, got True",
+    ),
+    "kd": (
+        lambda: replace(QUICK.tune.distill, kd="kl_foo"),
+        "DistillConfig: kd must be one of kl_mean, .*, got 'kl_foo'",
+    ),
     "pixels": (lambda: PixelConfig(iterations=0), "PixelConfig: iterations must be at least 1, got 0"),
     "generator": (lambda: GeneratorConfig(lr=0), "GeneratorConfig: lr must be positive, got 0"),
 }
@@ -225,7 +248,19 @@ def test_controls_differ_from_synq_in_one_thing():
     for preset in ("smoke", "cifar", "imagenet"):
         own = methods.get("synq").config(preset, "repo")
         noise = methods.get("noise").config(preset, "repo")
-        kept = tuple(idea for idea in own.distill.ideas if not isinstance(idea, synq.IDEAS))
-        assert len(kept) == len(own.distill.ideas) - 3
-        assert noise.distill == replace(own.distill, ideas=kept)
-        assert (noise.tune, noise.images, noise.source) == (own.tune, own.images, "noise")
+        kept = tuple(idea for idea in own.tune.distill.ideas if not isinstance(idea, synq.IDEAS))
+        assert len(kept) == len(own.tune.distill.ideas) - 3
+        distill = replace(own.tune.distill, ideas=kept)
+        assert noise.tune == replace(own.tune, distill=distill, ranges="images")
+        assert noise.images == GaussianImages(own.images.images, own.images.held_out)
+        assert methods.get("minmax").config(preset, "repo") == Recipe(own.images, controls.ranges_alone(preset))
+
+
+def test_a_tuning_takes_the_place_of_a_methods_own():
+    for preset in methods.PRESETS:
+        own = synq.TUNING[preset]
+        assert methods.tuning("qat", preset, own) is own
+        off = methods.tuning("none", preset, own)
+        assert off == replace(own, finetune=replace(own.finetune, epochs=0))
+        with pytest.raises(ValueError, match="tune must be left out or 'none' where the method tunes nothing"):
+            methods.tuning("qat", preset, off)

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from recipes import changed
 from torch import nn
 
 import zsq_ext as zsq
@@ -36,12 +37,12 @@ def tiny():
 
 
 def settings():
-    return dataclasses.replace(
+    return changed(
         synq.config("smoke", "repo"),
         images=12,
         held_out=4,
         pixels=PixelConfig(batch=8, iterations=20),
-        tune=TuneConfig(epochs=2, steps_per_epoch=10, batch=6, lr=1e-4),
+        finetune=TuneConfig(epochs=2, steps_per_epoch=10, batch=6, lr=1e-4),
         range_steps=2,
     )
 
@@ -228,10 +229,10 @@ def test_report_holds_every_section(run):
 
 def test_report_tells_last_and_best_apart_beside_the_teacher(run):
     result, folder = run
-    changed = dataclasses.replace(
+    other = dataclasses.replace(
         result, evaluations=[{"epoch": 1, "top1": 61.25}, {"epoch": 2, "top1": 58.75}], measure_teacher=lambda: 70.5
     )
-    page = write(changed, folder / "other", measured_on="ten images").read_text()
+    page = write(other, folder / "other", measured_on="ten images").read_text()
     cells = re.findall(r"<td[^>]*>(.*?)</td>", page[page.index('id="accuracy"') : page.index("</section>")])
     assert cells[:5] == ["teacher", "float", "70.50", "", ""]
     assert cells[6:11] == ["synq", "W4A4", "58.75", "61.25", "-11.75"]
@@ -284,8 +285,8 @@ def test_report_of_nothing_is_an_error(tmp_path):
 
 def test_untuned_network_is_measured_too():
     result = zsq.quantize(
-        tiny(), "minmax", w_bits=8, a_bits=8, input_spec=SPEC, config=dataclasses.replace(
-            settings(), tune=TuneConfig(epochs=0)
+        tiny(), "minmax", w_bits=8, a_bits=8, input_spec=SPEC, config=changed(
+            settings(), finetune=TuneConfig(epochs=0)
         ), test=batches, progress=QUIET,
     )  # fmt: skip
     assert [row["epoch"] for row in result.evaluations] == [0]

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import zsq_ext as zsq
 from zsq_ext.core.progress import Progress
 from zsq_ext.methods import synq
+from zsq_ext.methods.recipe import Recipe
 from zsq_ext.synth.generator import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
 from zsq_ext.tune.finetune import TuneConfig
@@ -60,17 +61,22 @@ net = Net().train()
 with torch.no_grad():
     for _ in range(3):
         net(torch.randn(16, 3, 8, 8))
-config = replace(
-    synq.config("cifar", "repo"),
-    images=8,
-    held_out=4,
-    pixels=PixelConfig(batch=6, iterations=25, lr=0.2, patience=5),
-    ranges="generator",
-    generator=GeneratorConfig(steps=12, batch=4),
-    tune=TuneConfig(epochs=2, steps_per_epoch=13, batch=4, lr=1e-3, lr_epochs=(1,)),
+recipe = Recipe(
+    replace(
+        synq.IMAGES["cifar"],
+        images=8,
+        held_out=4,
+        pixels=PixelConfig(batch=6, iterations=25, lr=0.2, patience=5),
+    ),
+    replace(
+        synq.TUNING["cifar"],
+        ranges="generator",
+        generator=GeneratorConfig(steps=12, batch=4),
+        finetune=TuneConfig(epochs=2, steps_per_epoch=13, batch=4, lr=1e-3, lr_epochs=(1,)),
+    ),
 )
 zsq.quantize(
-    net.eval(), "synq", w_bits=4, a_bits=4, input_shape=(3, 8, 8), config=config, out=out, resume=resume == "yes",
+    net.eval(), "synq", w_bits=4, a_bits=4, input_shape=(3, 8, 8), config=recipe, out=out, resume=resume == "yes",
     progress=Deadly(quiet=True),
 )
 """

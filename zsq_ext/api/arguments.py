@@ -15,16 +15,10 @@ from zsq_ext import methods
 from zsq_ext.core.rng import stream
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.job import Images, hold_out
-from zsq_ext.methods.qat import QatConfig
+from zsq_ext.methods.qat import Qat
+from zsq_ext.methods.recipe import Recipe
 from zsq_ext.quant.capture import capture
-from zsq_ext.quant.config import QConfig
-from zsq_ext.quant.prepare import plan
-from zsq_ext.synth.generator import Generator
-from zsq_ext.synth.teacher import Teacher
-from zsq_ext.tune.distill import Distiller
 from zsq_ext.tune.ideas import Idea, merge
-
-TUNES = ("qat", "none")
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Gives an iterable of (images in normalised space (N, C, H, W), labels (N,)), afresh at every call."""
@@ -49,39 +43,41 @@ def settings_of(
     profile: str | None,
     tune: str | None,
     ideas: tuple[Idea, ...],
-    config: QatConfig | None,
-) -> QatConfig:
+    config: Recipe | None,
+) -> Recipe:
+    """The method's recipe, or the user's, with the tuning and the ideas that were asked for."""
     if preset not in methods.PRESETS:
         raise ValueError(f"quantize: preset must be one of {', '.join(methods.PRESETS)}, got {preset!r}")
     profile = profile or chosen.profiles[0]
     if profile not in chosen.profiles:
         raise ValueError(f"quantize: profile must be one of {', '.join(chosen.profiles)}, got {profile!r}")
-    if tune is not None and tune not in TUNES:
-        raise ValueError(f"quantize: tune must be one of {', '.join(TUNES)}, got {tune!r}")
     settings = config if config is not None else chosen.config(preset, profile)
-    if not isinstance(settings, QatConfig):
-        raise TypeError(f"quantize: config must be a QatConfig, got {type(settings).__name__}")
+    if not isinstance(settings, Recipe):
+        raise TypeError(f"quantize: config must be a Recipe, got {type(settings).__name__}")
+    if tune is not None:
+        settings = replace(settings, tune=methods.tuning(tune, preset, settings.tune))
     if isinstance(ideas, Idea):
         ideas = (ideas,)
     if not isinstance(ideas, (tuple, list)):
         raise TypeError(f"quantize: ideas must be a tuple of ideas such as LowPass(d0=8), got {ideas!r}")
     if ideas:
-        distill = replace(settings.distill, ideas=merge(settings.distill.ideas, tuple(ideas)))
-        settings = replace(settings, distill=distill)
-    if tune == "qat" and settings.tune.epochs == 0:
-        raise ValueError("quantize: tune must be left out or 'none' where the method tunes nothing, got 'qat'")
-    if tune == "none":
-        settings = replace(settings, tune=replace(settings.tune, epochs=0))
+        own = settings.tune
+        if not isinstance(own, Qat):
+            raise ValueError(f"quantize: ideas must come with tune='qat', got {ideas!r} for {type(own).__name__}")
+        distill = replace(own.distill, ideas=merge(own.distill.ideas, tuple(ideas)))
+        settings = replace(settings, tune=replace(own, distill=distill))
     return settings
 
 
 def replaced(
-    chosen: methods.Method, preset: str, profile: str | None, config: QatConfig | None, settings: QatConfig
+    chosen: methods.Method, preset: str, profile: str | None, config: Recipe | None, settings: Recipe
 ) -> list[tuple[Idea, Idea]]:
     """The method's own ideas that the user's took the place of, with other values, as (own, the user's)."""
     own = config if config is not None else chosen.config(preset, profile or chosen.profiles[0])
-    now = {type(idea): idea for idea in settings.distill.ideas}
-    return [(idea, now[type(idea)]) for idea in own.distill.ideas if now.get(type(idea), idea) != idea]
+    if not isinstance(own.tune, Qat) or not isinstance(settings.tune, Qat):
+        return []
+    now = {type(idea): idea for idea in settings.tune.distill.ideas}
+    return [(idea, now[type(idea)]) for idea in own.tune.distill.ideas if now.get(type(idea), idea) != idea]
 
 
 def enter(
@@ -218,17 +214,3 @@ def pair_of(batch: object) -> tuple[Tensor, Tensor]:
         shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"evaluate: batches must have shapes (N, C, H, W) and (N,), got {shapes}")
     return images, labels
-
-
-def check_early(
-    teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, settings: QatConfig, given: Images | None
-) -> None:
-    """What would otherwise be noticed only after the images were made."""
-    plan(teacher, qconfig)
-    if given is None:
-        if settings.source != "noise":
-            Teacher(teacher)  # refuses a network that images cannot be made from
-        if settings.ranges == "generator" and qconfig.a_bits is not None:
-            Generator.check(spec.shape)
-    if settings.tune.epochs > 0:
-        Distiller(teacher, teacher, settings.distill)

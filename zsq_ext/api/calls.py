@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import time
@@ -15,7 +14,6 @@ from torch import Tensor, fx, nn
 from zsq_ext import __version__, methods, report
 from zsq_ext.api.arguments import (
     Batches,
-    check_early,
     check_test,
     enter,
     given_images,
@@ -29,11 +27,11 @@ from zsq_ext.core.progress import Progress
 from zsq_ext.core.run import Run, fingerprint
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.job import Images, Job, Outcome
-from zsq_ext.methods.qat import QatConfig
+from zsq_ext.methods.recipe import Recipe
 from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.prepare import plan
 from zsq_ext.quant.quality import measure
-from zsq_ext.synth.teacher import Teacher
-from zsq_ext.tune.ideas import Idea, to_dict
+from zsq_ext.tune.ideas import Idea
 
 
 def quantize(
@@ -52,9 +50,9 @@ def quantize(
     placement: str | None = None,
     edge_bits: int | None = None,
     sites: Mapping[str, int] | None = None,
-    a_range: str = "ema",
-    w_range: str = "minmax",
-    config: QatConfig | None = None,
+    a_range: str | None = None,
+    w_range: str | None = None,
+    config: Recipe | None = None,
     images: Tensor | Images | None = None,
     labels: Tensor | None = None,
     test: Batches | None = None,
@@ -79,7 +77,7 @@ def quantize(
         tune: how the images are used: ``"qat"`` or ``"none"``; None leaves it to the method.
         ideas: published ideas to add to the method, such as ``LowPass(d0=8)``; one of a kind replaces the method's own.
         placement, edge_bits, sites: see ``QConfig``; None leaves them to the method.
-        a_range, w_range: how ranges are found, see ``QConfig``.
+        a_range, w_range: how ranges are found, see ``QConfig``; None leaves it to the tuning.
         config: all hyperparameters at once, instead of ``preset`` and ``profile``.
         images, labels: use these instead of making images: what ``synthesize`` returned, or a tensor (N, C, H, W) in
             normalised space, of which an eighth (up to 256) is held out from tuning. Without labels, (N,) int64, the
@@ -106,26 +104,27 @@ def quantize(
     begin = time.perf_counter()
     with speaking_as("quantize"):
         chosen = methods.get(method)
+        settings = settings_of(chosen, preset, profile, tune, ideas, config)
         qconfig = QConfig(
             w_bits,
             a_bits,
             placement=placement or chosen.placement,
             edge_bits=edge_bits if edge_bits is not None else chosen.edge_bits,
             sites=sites or {},
-            a_range=a_range,
-            w_range=w_range,
+            a_range=a_range or settings.tune.a_range,
+            w_range=w_range or settings.tune.w_range,
         )
-        settings = settings_of(chosen, preset, profile, tune, ideas, config)
         for old, new in replaced(chosen, preset, profile, config, settings):
             (progress or Progress()).say(f"{new} replaces the method's own {old}")
         teacher, spec = enter(model, input_shape, input_spec, num_classes, device)
         given = given_images(images, labels, teacher, spec, seed)
-        check_early(teacher, spec, qconfig, settings, given)
+        plan(teacher, qconfig)
+        settings.check(teacher, spec, qconfig, given is not None)
         check_test(test, spec)
         names = _names(chosen, method, preset, profile, config)
         evaluator = None if test is None else _Evaluator(test)
         job = _job(teacher, spec, qconfig, settings, names, seed, out, resume, progress or Progress(), given, evaluator)
-    outcome = chosen.run(job, settings)
+    outcome = settings.run(job)
     unseen = len(outcome.images.held_out) > 0
     judges = outcome.images.held_out if unseen else outcome.images.images[:256]
     with job.progress.stage("quality", len(judges)) as meter:
@@ -139,7 +138,7 @@ def quantize(
         qconfig=qconfig,
         config=job.run.config,
         histories=outcome.histories,
-        evaluations=_evaluations(evaluator, settings, outcome),
+        evaluations=_evaluations(evaluator, outcome),
         seconds=time.perf_counter() - begin,
         measure_teacher=None if test is None else lambda: evaluate(teacher, test()),
     )
@@ -156,7 +155,7 @@ def synthesize(
     num_classes: int | None = None,
     preset: str = "smoke",
     profile: str | None = None,
-    config: QatConfig | None = None,
+    config: Recipe | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -172,18 +171,17 @@ def synthesize(
         chosen = methods.get(method)
         settings = settings_of(chosen, preset, profile, None, (), config)
         teacher, spec = enter(model, input_shape, input_spec, num_classes, device)
-        if settings.source != "noise":
-            Teacher(teacher)  # refuses a network that images cannot be made from
+        settings.images.check(teacher, spec)
         names = _names(chosen, method, preset, profile, config)
         # images do not depend on the bits; any configuration stands for all
         job = _job(teacher, spec, QConfig(8, 8), settings, names, seed, out, resume, progress or Progress())
-    made = chosen.synthesise(job, settings)
+    made = settings.images.make(job)
     job.run.save("images", made.tensors(), {"spec": spec.to_dict()})
     return made
 
 
 def _names(
-    chosen: methods.Method, method: str, preset: str, profile: str | None, config: QatConfig | None
+    chosen: methods.Method, method: str, preset: str, profile: str | None, config: Recipe | None
 ) -> dict[str, str | None]:
     """What the run calls itself; a configuration made by hand is no preset and no profile."""
     if config is not None:
@@ -195,7 +193,7 @@ def _job(
     teacher: fx.GraphModule,
     spec: InputSpec,
     qconfig: QConfig,
-    settings: QatConfig,
+    settings: Recipe,
     names: Mapping[str, str | None],
     seed: int,
     out: str | os.PathLike[str] | None,
@@ -207,11 +205,9 @@ def _job(
     """The job, with a run folder that belongs to exactly this configuration."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"quantize: seed must be an integer, got {seed!r}")
-    hyperparameters = dataclasses.asdict(settings)
-    hyperparameters["distill"]["ideas"] = [to_dict(idea) for idea in settings.distill.ideas]
     decided_by = {
         **names,
-        "hyperparameters": hyperparameters,
+        "hyperparameters": settings.to_dict(),
         "qconfig": qconfig.to_dict(),
         "spec": spec.to_dict(),
         "seed": seed,
@@ -246,11 +242,11 @@ class _Evaluator:
         return {"top1": evaluate(student, watched()), "test": digest.hexdigest()[:16]}
 
 
-def _evaluations(evaluator: _Evaluator | None, settings: QatConfig, outcome: Outcome) -> list[dict[str, Any]]:
+def _evaluations(evaluator: _Evaluator | None, outcome: Outcome) -> list[dict[str, Any]]:
     """The accuracy by epoch, all on one set of test data: this call's, if it was given any."""
     by_epoch = {row["epoch"]: row for row in outcome.evaluations}
     if evaluator is not None and not evaluator.used:  # nothing was tuned, or it was tuned before this call
-        by_epoch[settings.tune.epochs] = {"epoch": settings.tune.epochs, **evaluator(outcome.student)}
+        by_epoch[outcome.epochs] = {"epoch": outcome.epochs, **evaluator(outcome.student)}
     rows = list(by_epoch.values())
     return [{"epoch": row["epoch"], "top1": row["top1"]} for row in rows if row["test"] == rows[-1]["test"]]
 

@@ -28,10 +28,12 @@ from zsq_ext.bench.intervals import Interval, paired_interval
 from zsq_ext.bench.timing import environment
 from zsq_ext.core.progress import QUIET, Progress
 from zsq_ext.core.run import write_atomically
-from zsq_ext.methods import synq
+from zsq_ext.methods import controls, synq
+from zsq_ext.methods.images import GaussianImages, PixelImages
 from zsq_ext.methods.job import Images, hold_out
-from zsq_ext.methods.qat import QatConfig
-from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, Perturb, SoftLabels
+from zsq_ext.methods.qat import Qat
+from zsq_ext.methods.recipe import ImageSource, Recipe
+from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, LowPass, Perturb, SoftLabels
 from zsq_ext.zoo.teachers import teacher
 from zsq_ext.zoo.textured_shapes import SPEC, TEST_IMAGES, TexturedShapes
 
@@ -41,48 +43,51 @@ KEYS = ("task", "model", "method", "variant", "w_bits", "a_bits", "seed")
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table per seed: a method, where its images come from, and what is changed about its tuning."""
+    """One row of a table per seed: a method, where its images come from, and what is changed about its recipe."""
 
     name: str
     method: str
-    images: str  # "synthetic", "noise" or "real"
-    change: Callable[[QatConfig], QatConfig] = lambda config: config
+    images: str = "own"  # the method's, "noise" or "real"
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe
 
 
-def without(*kinds: type) -> Callable[[QatConfig], QatConfig]:
+def with_ideas(change: Callable[[tuple[Idea, ...]], tuple[Idea, ...]]) -> Callable[[Recipe], Recipe]:
+    """Changes the ideas of a fine-tuning."""
+
+    def changed(recipe: Recipe) -> Recipe:
+        tune = recipe.tune
+        if not isinstance(tune, Qat):
+            raise TypeError(f"accuracy: ideas must belong to a fine-tuning, got {type(tune).__name__}")
+        distill = replace(tune.distill, ideas=change(tune.distill.ideas))
+        return replace(recipe, tune=replace(tune, distill=distill))
+
+    return changed
+
+
+def without(*kinds: type) -> Callable[[Recipe], Recipe]:
     """Switches ideas off."""
-
-    def change(config: QatConfig) -> QatConfig:
-        ideas = tuple(idea for idea in config.distill.ideas if not isinstance(idea, kinds))
-        return replace(config, distill=replace(config.distill, ideas=ideas))
-
-    return change
+    return with_ideas(lambda ideas: tuple(idea for idea in ideas if not isinstance(idea, kinds)))
 
 
-def with_cut(d0: float) -> Callable[[QatConfig], QatConfig]:
+def with_cut(d0: float) -> Callable[[Recipe], Recipe]:
     """Moves the low-pass filter's cut."""
-
-    def change(config: QatConfig) -> QatConfig:
-        ideas = tuple(replace(i, d0=d0) if isinstance(i, LowPass) else i for i in config.distill.ideas)
-        return replace(config, distill=replace(config.distill, ideas=ideas))
-
-    return change
+    return with_ideas(lambda ideas: tuple(replace(i, d0=d0) if isinstance(i, LowPass) else i for i in ideas))
 
 
 # noise, no ideas and real share their tuning and differ in the images; SynQ and no ideas differ in the ideas
 VARIANTS = (
-    Variant("min-max", "minmax", "synthetic"),
-    Variant("noise", "noise", "noise"),
-    Variant("SynQ", "synq", "synthetic"),
-    Variant("SynQ without its ideas", "synq", "synthetic", without(*synq.IDEAS)),
+    Variant("min-max", "minmax"),
+    Variant("noise", "noise"),
+    Variant("SynQ", "synq"),
+    Variant("SynQ without its ideas", "synq", change=without(*synq.IDEAS)),
     Variant("real images", "synq", "real", without(*synq.IDEAS)),
 )
 ABLATIONS = (
-    Variant("SynQ - low-pass", "synq", "synthetic", without(LowPass)),
-    Variant("SynQ - CAM", "synq", "synthetic", without(CamAlign)),
-    Variant("SynQ - soft labels", "synq", "synthetic", without(SoftLabels)),
-    Variant("SynQ, low-pass at 80", "synq", "synthetic", with_cut(80)),  # as released
-    Variant("SynQ - FA - perturbation", "synq", "synthetic", without(FeatureAlign, Perturb)),
+    Variant("SynQ - low-pass", "synq", change=without(LowPass)),
+    Variant("SynQ - CAM", "synq", change=without(CamAlign)),
+    Variant("SynQ - soft labels", "synq", change=without(SoftLabels)),
+    Variant("SynQ, low-pass at 80", "synq", change=with_cut(80)),  # as released
+    Variant("SynQ - FA - perturbation", "synq", change=without(FeatureAlign, Perturb)),
 )
 
 
@@ -91,10 +96,13 @@ ABLATIONS = (
 IMAGE_STEPS = {"mobilenet_small": 150}
 
 
-def for_network(name: str, config: QatConfig) -> QatConfig:
-    """A configuration with as many steps of image making as the network needs."""
-    steps = IMAGE_STEPS.get(name, config.pixels.iterations)
-    return replace(config, pixels=replace(config.pixels, iterations=steps, patience=max(20, steps // 4)))
+def for_network(name: str, recipe: Recipe) -> Recipe:
+    """A recipe with as many steps of image making as the network needs."""
+    if not isinstance(recipe.images, PixelImages) or name not in IMAGE_STEPS:
+        return recipe
+    steps = IMAGE_STEPS[name]
+    pixels = replace(recipe.images.pixels, iterations=steps, patience=max(20, steps // 4))
+    return replace(recipe, images=replace(recipe.images, pixels=pixels))
 
 
 class TestSet:
@@ -150,14 +158,14 @@ def run_table(
     table: Table,
     name: str,
     variants: tuple[Variant, ...],
-    bits: tuple[tuple[int, int], ...],
+    bits: tuple[tuple[int, int | None], ...],
     seeds: tuple[int, ...],
     test: TestSet,
     *,
     preset: str = "smoke",
     deadline: float | None = None,
     progress: Progress = QUIET,
-    config: Callable[[QatConfig], QatConfig] = lambda config: config,
+    config: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> None:
     """Fills a table with every (seed, variant, bits) that it lacks.
 
@@ -169,34 +177,41 @@ def run_table(
         preset: size of the runs.
         deadline: ``time.monotonic()`` after which no further row is begun.
         progress: where to report.
-        config: applied to every variant's configuration, for quick tables.
+        config: applied to every variant's recipe, for quick tables.
     """
     model = place(teacher(name))
     top1 = api.evaluate(model, test())
+
+    def recipe_of(variant: Variant) -> Recipe:
+        recipe = methods.get(variant.method).config(preset, "repo")
+        return config(variant.change(for_network(name, recipe) if preset == "smoke" else recipe))
+
+    # the agreement of all variants is judged on one held-out set: the unchanged images of the last one's method
+    judge = recipe_of(replace(variants[-1], change=lambda recipe: recipe)).images
     for seed in seeds:
-        sets: dict[str, _Set] = {}
+        sets: dict[ImageSource | str, _Set] = {}
         for variant in variants:
             for w_bits, a_bits in bits:
                 keys: dict[str, Any] = {
                     "task": TASK, "model": name, "method": variant.method, "variant": variant.name,
                     "w_bits": w_bits, "a_bits": a_bits, "seed": seed,
                 }  # fmt: skip
-                settings = variant.change(methods.get(variant.method).config(preset, "repo"))
-                settings = config(for_network(name, settings) if preset == "smoke" else settings)
+                settings = recipe_of(variant)
                 keys["settings"] = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
                 if table.find(**keys) is not None:
                     continue
                 if deadline is not None and time.monotonic() > deadline:
                     return
-                for kind in ("synthetic", variant.images):
+                source = _source(variant, settings)
+                for kind in (judge, source):
                     if kind not in sets:
-                        sets[kind] = _images(kind, model, settings, seed, progress)
-                made = sets[variant.images].judged_on(sets["synthetic"])
-                progress.say(f"{name} seed {seed} {variant.name} W{w_bits}A{a_bits}")
+                        sets[kind] = _images(kind, model, judge, seed, progress)
+                made = sets[source].judged_on(sets[judge])
+                progress.say(f"{name} seed {seed} {variant.name} {_label(w_bits, a_bits)}")
                 table.add({**keys, "teacher_top1": top1, **_row(model, keys, settings, made, test)})
 
 
-def _row(model: nn.Module, keys: dict[str, Any], settings: QatConfig, made: _Set, test: TestSet) -> dict[str, Any]:
+def _row(model: nn.Module, keys: dict[str, Any], settings: Recipe, made: _Set, test: TestSet) -> dict[str, Any]:
     begin = time.perf_counter()
     evaluating = [0.0]
 
@@ -231,17 +246,30 @@ class _Set:
         return replace(self, images=replace(self.images, held_out=held_out, held_out_labels=labels))
 
 
-def _images(kind: str, model: nn.Module, settings: QatConfig, seed: int, progress: Progress) -> _Set:
+def _source(variant: Variant, recipe: Recipe) -> ImageSource | str:
+    """Where a variant's images come from: what is the same for two variants is made once."""
+    own = recipe.images
+    if variant.images == "noise":
+        return GaussianImages(own.images, own.held_out)
+    return own if variant.images == "own" else variant.images
+
+
+def _images(kind: ImageSource | str, model: nn.Module, judge: ImageSource, seed: int, progress: Progress) -> _Set:
     begin = time.perf_counter()
-    if kind == "real":
-        count = settings.images + settings.held_out
+    if isinstance(kind, str):
+        count = judge.images + judge.held_out
         # disjoint training images per seed
         images, labels = TexturedShapes("train").images(range(seed * count, (seed + 1) * count))
-        made = hold_out(images, labels, settings.held_out)
+        made = hold_out(images, labels, judge.held_out)
     else:
-        source = replace(settings, source="noise" if kind == "noise" else "pixels")
-        made = api.synthesize(model, "synq", input_spec=SPEC, config=source, seed=seed, progress=progress)
+        # the name and the tuning do not matter: a recipe says how images are made
+        recipe = Recipe(kind, controls.ranges_alone("smoke"))
+        made = api.synthesize(model, "synq", input_spec=SPEC, config=recipe, seed=seed, progress=progress)
     return _Set(made, time.perf_counter() - begin)
+
+
+def _label(w_bits: int, a_bits: int | None) -> str:
+    return f"W{w_bits}" + ("" if a_bits is None else f"A{a_bits}")
 
 
 def summary(rows: list[dict[str, Any]], against: tuple[str, ...] = ("min-max", "noise")) -> str:
@@ -274,7 +302,9 @@ def differences(rows: list[dict[str, Any]], first: str, second: str) -> Interval
     return paired_interval(*([values[seed] for seed in seeds] for values in by_seed))
 
 
-def _cells(group: list[dict[str, Any]], variant: str, bits: tuple[int, int], against: tuple[str, ...]) -> list[str]:
+def _cells(
+    group: list[dict[str, Any]], variant: str, bits: tuple[int, int | None], against: tuple[str, ...]
+) -> list[str]:
     own = [row for row in group if row["variant"] == variant]
     mean = {
         key: statistics.fmean(row[key] for row in own) for key in ("top1_last", "top1_best", "agreement", "seconds")
@@ -282,7 +312,7 @@ def _cells(group: list[dict[str, Any]], variant: str, bits: tuple[int, int], aga
     spread = statistics.stdev(row["top1_last"] for row in own) if len(own) > 1 else 0.0
     compared = [differences(group, variant, other) for other in against]
     return [
-        f"W{bits[0]}A{bits[1]}",
+        _label(*bits),
         variant,
         str(len(own)),
         f"{mean['top1_last']:.2f} ± {spread:.2f}",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zsq_ext.bench import timing
 from zsq_ext.core.progress import Progress
-from zsq_ext.methods import qat, synq
+from zsq_ext.methods import synq
 from zsq_ext.ops import backend
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
@@ -62,7 +61,6 @@ def _steps(model: torch.nn.Module, device: str) -> dict[str, tuple[Step, Step]]:
     labels = torch.randint(CLASSES, (BATCH,), generator=generator).to(device)
     model.train()
     model(images)  # running statistics that belong to some data
-    config = synq.config("smoke", "repo")
     module = capture(model, images[:2]).to(memory_format=torch.channels_last)
     qconfig = QConfig(4, 4)
     student = prepare(module, qconfig)
@@ -70,10 +68,10 @@ def _steps(model: torch.nn.Module, device: str) -> dict[str, tuple[Step, Step]]:
         student(images)
     parameters = list(student.parameters())
     teacher = Teacher(module)
-    objective = qat.inception(replace(config, centres=False), teacher, None)
+    objective = synq.IMAGES["smoke"].inception(teacher, None)
 
     def tuning(fused: bool) -> Step:
-        distiller = Distiller(module, student, config.distill, fused=fused)
+        distiller = Distiller(module, student, synq.TUNING["smoke"].distill, fused=fused)
         return lambda: torch.autograd.grad(sum_terms(distiller(images, labels)), parameters)
 
     def generation(observe: Callable[[Tensor, Tensor], Context]) -> Step:

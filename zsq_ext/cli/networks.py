@@ -55,8 +55,8 @@ def quantize(
     ] = None,
     placement: Annotated[str | None, typer.Option(help="Rounded activations: after_relu, all_layers.")] = None,
     edge_bits: Annotated[int | None, typer.Option(help="Bits of the first and last layer.")] = None,
-    a_range: Annotated[str, typer.Option(help="Activation ranges: ema, minmax, lp, legacy_ema.")] = "ema",
-    w_range: Annotated[str, typer.Option(help="Weight ranges: minmax, lp.")] = "minmax",
+    a_range: Annotated[str | None, typer.Option(help="Activation ranges: ema, minmax, lp, legacy_ema.")] = None,
+    w_range: Annotated[str | None, typer.Option(help="Weight ranges: minmax, lp.")] = None,
     images: Annotated[
         Path | None, typer.Option(help="Use these instead of making images: what synthesize wrote, images.safetensors.")
     ] = None,

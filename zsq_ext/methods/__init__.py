@@ -1,13 +1,16 @@
-"""The methods by name. A method is one file with ``config(preset, profile)`` and ``run(job, config)``."""
+"""The methods by name, and the tunings that can take the place of their second half.
+
+A method is one file with ``config(preset, profile)``, which gives its ``Recipe``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zsq_ext.methods import controls, hast, synq
-from zsq_ext.methods.job import Images, Job, Outcome
-from zsq_ext.methods.qat import QatConfig, synthesise
+from zsq_ext.methods.qat import Qat
+from zsq_ext.methods.recipe import Recipe, Tuning
 
 PRESETS = ("smoke", "cifar", "imagenet")
 
@@ -16,25 +19,25 @@ PRESETS = ("smoke", "cifar", "imagenet")
 class Method:
     """A method as the front door sees it.
 
-    ``run`` does all of it, ``synthesise`` makes the images alone. ``profiles`` are the variants where sources differ,
-    the default first; ``placement`` and ``edge_bits`` are where and how finely it quantizes unless told otherwise.
+    ``profiles`` are the variants where sources differ, the default first; ``placement`` and ``edge_bits`` are where and
+    how finely it quantizes unless told otherwise.
     """
 
     summary: str
-    config: Callable[[str, str], QatConfig]
-    run: Callable[[Job, QatConfig], Outcome]
-    synthesise: Callable[[Job, QatConfig], Images] = synthesise
+    config: Callable[[str, str], Recipe]
     profiles: tuple[str, ...] = ("repo",)
     placement: str = "after_relu"
     edge_bits: int | None = None
 
 
 METHODS = {
-    "synq": Method("SynQ, ICLR 2025", synq.config, synq.run, profiles=("repo", "paper")),
-    "hast": Method("HAST, CVPR 2023: SynQ's pipeline without its three ideas", hast.config, hast.run),
-    "minmax": Method("control: ranges from synthetic images, nothing tuned", controls.minmax, synq.run),
-    "noise": Method("control: tuned on Gaussian noise", controls.noise, synq.run),
+    "synq": Method("SynQ, ICLR 2025", synq.config, profiles=("repo", "paper")),
+    "hast": Method("HAST, CVPR 2023: SynQ's pipeline without its three ideas", hast.config),
+    "minmax": Method("control: ranges from synthetic images, nothing tuned", controls.minmax),
+    "noise": Method("control: tuned on Gaussian noise", controls.noise),
 }
+
+TUNINGS = ("qat", "none")
 
 
 def get(name: str) -> Method:
@@ -46,3 +49,27 @@ def get(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
+
+
+def tuning(name: str, preset: str, own: Tuning) -> Tuning:
+    """The tuning of that name, for a method whose own is another.
+
+    Args:
+        name: ``"qat"``: the method's own fine-tuning, or SynQ's without its three ideas; ``"none"``: ranges alone.
+        preset: size of the run.
+        own: what the method does.
+
+    Raises:
+        ValueError: there is no such tuning, or the method is one that tunes nothing.
+    """
+    if name not in TUNINGS:
+        raise ValueError(f"quantize: tune must be one of {', '.join(TUNINGS)}, got {name!r}")
+    if name == "none":
+        if isinstance(own, Qat):
+            return replace(own, finetune=replace(own.finetune, epochs=0))
+        return controls.ranges_alone(preset)
+    if not isinstance(own, Qat):
+        return synq.plain_tuning(preset)
+    if own.finetune.epochs == 0:
+        raise ValueError("quantize: tune must be left out or 'none' where the method tunes nothing, got 'qat'")
+    return own

@@ -9,20 +9,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from zsq_ext.methods import synq
-from zsq_ext.methods.qat import QatConfig
+from zsq_ext.methods.recipe import Recipe
 from zsq_ext.tune.ideas import FeatureAlign, Perturb
 
-run = synq.run  # without ideas it is HAST's pipeline
 
-
-def config(preset: str, profile: str) -> QatConfig:
+def config(preset: str, profile: str) -> Recipe:
     """HAST's hyperparameters; only those that differ from SynQ's released generation and loop are written out."""
-    base = synq.config(preset, "repo")
+    tune = synq.TUNING[preset]
     ideas = (
         FeatureAlign(weight=1000),  # hard-coded; the configurations' 1000, 2000 and 4000 are ignored
         Perturb(weight=1, eps=0.01, feature_alignment=True),
     )
-    tune = base.tune
+    finetune = tune.finetune
     if preset != "smoke":
-        tune = replace(tune, epochs=147, lr=1e-5 if preset == "cifar" else 1e-6)  # 151 less 4 of warm-up
-    return replace(base, distill=replace(base.distill, ce=0.0, ideas=ideas), tune=tune)
+        # 151 epochs less 4 of warm-up
+        finetune = replace(finetune, epochs=147, lr=1e-5 if preset == "cifar" else 1e-6)
+    distill = replace(tune.distill, ce=0.0, ideas=ideas)
+    return Recipe(synq.IMAGES[preset], replace(tune, distill=distill, finetune=finetune))

@@ -65,12 +65,17 @@ class Images:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method returns."""
+    """What a method returns.
+
+    ``histories`` are rows by stage, ``evaluations`` the accuracy by epoch where the job could measure it, ``epochs``
+    how many there were: 0 for a network that was not tuned.
+    """
 
     student: fx.GraphModule
     images: Images
     histories: dict[str, list[dict]]
     evaluations: list[dict]
+    epochs: int
 
 
 def hold_out(images: Tensor, labels: Tensor, count: int, history: list[dict] | None = None) -> Images:

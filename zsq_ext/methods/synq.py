@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from zsq_ext.methods.job import Job, Outcome
-from zsq_ext.methods.qat import QatConfig, calibrate, low_pass, synthesise, tune
-from zsq_ext.quant.prepare import prepare
+from zsq_ext.methods.images import PixelImages
+from zsq_ext.methods.qat import Qat
+from zsq_ext.methods.recipe import Recipe
 from zsq_ext.synth.generator import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
 from zsq_ext.tune.distill import DistillConfig
@@ -21,30 +21,48 @@ IDEAS = (LowPass, CamAlign, SoftLabels)
 """What the paper adds; the rest of the released loss is HAST's."""
 
 
-def run(job: Job, config: QatConfig) -> Outcome:
-    """Algorithm 1: synthesise, filter, quantize, fine-tune."""
-    images = synthesise(job, config)  # line 1: any generation method; here HAST's with TexQ's centres
-    filtered = images
-    filter_once = low_pass(config, job.spec, job.device, "once")
-    if filter_once is not None:  # line 2, the first idea; the released code filters every batch instead
-        filtered = replace(images, images=filter_once(images.images))
-    student = prepare(job.teacher, job.qconfig)  # line 3: round the teacher to the bits that are asked for
-    ranges = calibrate(job, config, student, filtered.images)
-    tuned = tune(job, config, student, filtered)  # lines 4-9: KD + CE on easy samples + CAM alignment (eq. 6)
-    histories = {"images": images.history, **ranges, "tuning": tuned.history}
-    return Outcome(student, images, histories, tuned.evaluations)
+def config(preset: str, profile: str) -> Recipe:
+    """Algorithm 1 with its hyperparameters, for a size of problem and a source of truth.
+
+    Line 1 synthesises images by any method, here HAST's with TexQ's centres; lines 2 to 9 are ``Qat.run``: filter,
+    quantize, fine-tune.
+    """
+    images, tune = IMAGES[preset], TUNING[preset]
+    return Recipe(*_paper(images, tune)) if profile == "paper" else Recipe(images, tune)
 
 
-def config(preset: str, profile: str) -> QatConfig:
-    """SynQ's hyperparameters for a size of problem and a source of truth."""
-    return _paper(_PRESETS[preset]) if profile == "paper" else _PRESETS[preset]
+def plain_tuning(preset: str) -> Qat:
+    """The tuning without the three ideas, ranges from the images: what a control or another method's images get."""
+    tune = TUNING[preset]
+    ideas = tuple(idea for idea in tune.distill.ideas if not isinstance(idea, IDEAS))
+    return replace(tune, distill=replace(tune.distill, ideas=ideas), ranges="images")
 
 
-_IMAGENET = QatConfig(
-    images=5120,
-    pixels=PixelConfig(batch=256, iterations=1000, crop_probability=0.5),
-    beta=0.1,  # run scripts
-    gamma=0.5,
+IMAGES = {
+    "imagenet": PixelImages(
+        images=5120,
+        pixels=PixelConfig(batch=256, iterations=1000, crop_probability=0.5),
+        beta=0.1,  # run scripts
+        gamma=0.5,
+    ),
+    "cifar": PixelImages(
+        images=5120,
+        pixels=PixelConfig(batch=256, iterations=1000),  # no augmentation on CIFAR
+        beta=10.0,  # HAST's CIFAR values; SynQ's are not published
+        gamma=2.0,
+    ),
+    # ours: minutes on a laptop, on the embedded task; chosen on its validation stream
+    "smoke": PixelImages(
+        images=256,
+        held_out=64,
+        pixels=PixelConfig(batch=160, iterations=50, patience=20, min_lr=0.01),
+        centre_pixels=PixelConfig(batch=160, iterations=50, patience=20, min_lr=0.05),
+        beta=1.0,
+        gamma=2.0,
+    ),
+}
+
+_IMAGENET = Qat(
     ranges="images",  # the released generator for 224 px is another network, which is not here
     range_steps=40,
     distill=DistillConfig(
@@ -57,7 +75,7 @@ _IMAGENET = QatConfig(
             Perturb(weight=1, eps=0.01, feature_alignment=True),
         ),
     ),
-    tune=TuneConfig(
+    finetune=TuneConfig(
         epochs=97,  # 101 less 4 of warm-up
         batch=16,  # paper; the script as shipped runs 4
         lr=1e-6,
@@ -67,11 +85,8 @@ _IMAGENET = QatConfig(
 
 _CIFAR = replace(
     _IMAGENET,
-    pixels=PixelConfig(batch=256, iterations=1000),  # no augmentation on CIFAR
     ranges="generator",  # as released
     generator=GeneratorConfig(steps=800, batch=16),
-    beta=10.0,  # HAST's CIFAR values; SynQ's are not published
-    gamma=2.0,
     distill=replace(
         _IMAGENET.distill,
         ideas=(
@@ -82,18 +97,12 @@ _CIFAR = replace(
             Perturb(weight=1, eps=0.01),
         ),
     ),
-    tune=TuneConfig(epochs=96, batch=256, lr=1e-4, lr_epochs=(16, 36, 56)),  # IntraQ's, less 4 of warm-up
+    finetune=TuneConfig(epochs=96, batch=256, lr=1e-4, lr_epochs=(16, 36, 56)),  # IntraQ's, less 4 of warm-up
 )
 
-# ours: minutes on a laptop, on the embedded task; chosen on its validation stream
+# ours, as for the images
 _SMOKE = replace(
     _CIFAR,
-    images=256,
-    held_out=64,
-    pixels=PixelConfig(batch=160, iterations=50, patience=20, min_lr=0.01),
-    centre_pixels=PixelConfig(batch=160, iterations=50, patience=20, min_lr=0.05),
-    beta=1.0,
-    gamma=2.0,
     ranges="images",  # the released recursion needs 200 batches, a correct average 20
     range_steps=20,
     range_batch=32,
@@ -102,14 +111,22 @@ _SMOKE = replace(
         # at 32 x 32 a cut of 80 keeps 97 % of white noise; the paper's own CIFAR pictures use 8
         ideas=tuple(replace(idea, d0=8) if isinstance(idea, LowPass) else idea for idea in _CIFAR.distill.ideas),
     ),
-    tune=TuneConfig(epochs=2, steps_per_epoch=32, batch=32, lr=1e-4, lr_epochs=(1,), clip=100.0),
+    finetune=TuneConfig(epochs=2, steps_per_epoch=32, batch=32, lr=1e-4, lr_epochs=(1,), clip=100.0),
 )
 
-_PRESETS = {"smoke": _SMOKE, "cifar": _CIFAR, "imagenet": _IMAGENET}
+TUNING = {"smoke": _SMOKE, "cifar": _CIFAR, "imagenet": _IMAGENET}
 
 
-def _paper(config: QatConfig) -> QatConfig:
+def _paper(images: PixelImages, tune: Qat) -> tuple[PixelImages, Qat]:
     """What the paper writes, where the released code differs (spec: section 2.10)."""
+    images = replace(
+        images,
+        bns=0.4,  # alpha_1 of Table 10, as the code uses it beside L-BNS
+        bns_form="mean_std",  # eq. 1
+        lbns=0.01,  # the smallest alpha_2 on Table 10's grid
+        centres=True,
+        centre_pixels=replace(images.centre_pixels, lr=0.05, min_lr=0.05),  # appendix D: constant
+    )
     changed = {
         LowPass: lambda idea: replace(idea, when="once"),  # Algorithm 1: before training
         CamAlign: lambda idea: replace(idea, rule="label", clamp=False, normalise="raw"),  # eq. 5
@@ -118,16 +135,8 @@ def _paper(config: QatConfig) -> QatConfig:
     }
     ideas = tuple(
         changed[type(idea)](idea)
-        for idea in config.distill.ideas
+        for idea in tune.distill.ideas
         if not isinstance(idea, FeatureAlign)  # not in eq. 6
     )
-    return replace(
-        config,
-        bns=0.4,  # alpha_1 of Table 10, as the code uses it beside L-BNS
-        bns_form="mean_std",  # eq. 1
-        lbns=0.01,  # the smallest alpha_2 on Table 10's grid
-        centres=True,
-        centre_pixels=replace(config.centre_pixels, lr=0.05, min_lr=0.05),  # appendix D: constant
-        distill=replace(config.distill, ideas=ideas),
-        tune=replace(config.tune, nesterov=False),
-    )
+    finetune = replace(tune.finetune, nesterov=False)
+    return images, replace(tune, distill=replace(tune.distill, ideas=ideas), finetune=finetune)

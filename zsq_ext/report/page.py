@@ -383,7 +383,7 @@ def _spectra(result: Result) -> Html:
 
 
 def _low_pass(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    ideas = config.get("hyperparameters", {}).get("distill", {}).get("ideas", [])
+    ideas = config.get("hyperparameters", {}).get("tune", {}).get("distill", {}).get("ideas", [])
     return next((idea for idea in ideas if idea.get("idea") == "LowPass"), None)
 
 

@@ -1,6 +1,6 @@
 """The accuracy harness: methods and controls on the embedded task, paired by seed, resumable row by row.
 
-    python -m zsq_ext.bench.accuracy --out benchmarks/accuracy/synq_smoke.json
+    python -m zsq_ext.bench.accuracy --table synq --out benchmarks/accuracy/resnet20.json --model resnet20
 
 Every row is one quantization, evaluated on the same test images as all others. Images depend on (model, seed) and not
 on the bits, so the variants of a seed share them: what differs between two rows of a seed is what the variant names.
@@ -25,84 +25,19 @@ from torch import Tensor, nn
 
 from zsq_ext import api, methods
 from zsq_ext.bench.intervals import Interval, paired_interval
+from zsq_ext.bench.tables import TABLES, Plan, Variant, for_network
 from zsq_ext.bench.timing import environment
 from zsq_ext.core.progress import QUIET, Progress
 from zsq_ext.core.run import write_atomically
-from zsq_ext.methods import controls, synq
-from zsq_ext.methods.images import GaussianImages, PixelImages
+from zsq_ext.methods import controls
+from zsq_ext.methods.images import GaussianImages
 from zsq_ext.methods.job import Images, hold_out
-from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import ImageSource, Recipe
-from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, LowPass, Perturb, SoftLabels
 from zsq_ext.zoo.teachers import teacher
 from zsq_ext.zoo.textured_shapes import SPEC, TEST_IMAGES, TexturedShapes
 
 TASK = "textured_shapes"
 KEYS = ("task", "model", "method", "variant", "w_bits", "a_bits", "seed")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of a table per seed: a method, where its images come from, and what is changed about its recipe."""
-
-    name: str
-    method: str
-    images: str = "own"  # the method's, "noise" or "real"
-    change: Callable[[Recipe], Recipe] = lambda recipe: recipe
-
-
-def with_ideas(change: Callable[[tuple[Idea, ...]], tuple[Idea, ...]]) -> Callable[[Recipe], Recipe]:
-    """Changes the ideas of a fine-tuning."""
-
-    def changed(recipe: Recipe) -> Recipe:
-        tune = recipe.tune
-        if not isinstance(tune, Qat):
-            raise TypeError(f"accuracy: ideas must belong to a fine-tuning, got {type(tune).__name__}")
-        distill = replace(tune.distill, ideas=change(tune.distill.ideas))
-        return replace(recipe, tune=replace(tune, distill=distill))
-
-    return changed
-
-
-def without(*kinds: type) -> Callable[[Recipe], Recipe]:
-    """Switches ideas off."""
-    return with_ideas(lambda ideas: tuple(idea for idea in ideas if not isinstance(idea, kinds)))
-
-
-def with_cut(d0: float) -> Callable[[Recipe], Recipe]:
-    """Moves the low-pass filter's cut."""
-    return with_ideas(lambda ideas: tuple(replace(i, d0=d0) if isinstance(i, LowPass) else i for i in ideas))
-
-
-# noise, no ideas and real share their tuning and differ in the images; SynQ and no ideas differ in the ideas
-VARIANTS = (
-    Variant("min-max", "minmax"),
-    Variant("noise", "noise"),
-    Variant("SynQ", "synq"),
-    Variant("SynQ without its ideas", "synq", change=without(*synq.IDEAS)),
-    Variant("real images", "synq", "real", without(*synq.IDEAS)),
-)
-ABLATIONS = (
-    Variant("SynQ - low-pass", "synq", change=without(LowPass)),
-    Variant("SynQ - CAM", "synq", change=without(CamAlign)),
-    Variant("SynQ - soft labels", "synq", change=without(SoftLabels)),
-    Variant("SynQ, low-pass at 80", "synq", change=with_cut(80)),  # as released
-    Variant("SynQ - FA - perturbation", "synq", change=without(FeatureAlign, Perturb)),
-)
-
-
-# A depthwise network's statistics are harder to meet: after 50 steps its images' loss is three times the ResNet's.
-# On the validation stream 150 steps bring the student as near to the teacher as real images do.
-IMAGE_STEPS = {"mobilenet_small": 150}
-
-
-def for_network(name: str, recipe: Recipe) -> Recipe:
-    """A recipe with as many steps of image making as the network needs."""
-    if not isinstance(recipe.images, PixelImages) or name not in IMAGE_STEPS:
-        return recipe
-    steps = IMAGE_STEPS[name]
-    pixels = replace(recipe.images.pixels, iterations=steps, patience=max(20, steps // 4))
-    return replace(recipe, images=replace(recipe.images, pixels=pixels))
 
 
 class TestSet:
@@ -156,9 +91,7 @@ class Table:
 
 def run_table(
     table: Table,
-    name: str,
-    variants: tuple[Variant, ...],
-    bits: tuple[tuple[int, int | None], ...],
+    plan: Plan,
     seeds: tuple[int, ...],
     test: TestSet,
     *,
@@ -167,18 +100,19 @@ def run_table(
     progress: Progress = QUIET,
     config: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> None:
-    """Fills a table with every (seed, variant, bits) that it lacks.
+    """Fills a table with every (seed, variant, bits) of a plan that it lacks.
 
     Args:
         table: where rows go as they are finished.
-        name: an embedded teacher.
-        variants, bits, seeds: what to run; seeds are the outermost loop, so that a stopped table is still paired.
+        plan: the network, the variants and the bits.
+        seeds: the outermost loop, so that a stopped table is still paired.
         test: evaluated after every epoch; it chooses nothing.
         preset: size of the runs.
         deadline: ``time.monotonic()`` after which no further row is begun.
         progress: where to report.
         config: applied to every variant's recipe, for quick tables.
     """
+    name = plan.model
     model = place(teacher(name))
     top1 = api.evaluate(model, test())
 
@@ -187,11 +121,11 @@ def run_table(
         return config(variant.change(for_network(name, recipe) if preset == "smoke" else recipe))
 
     # the agreement of all variants is judged on one held-out set: the unchanged images of the last one's method
-    judge = recipe_of(replace(variants[-1], change=lambda recipe: recipe)).images
+    judge = recipe_of(replace(plan.variants[-1], change=lambda recipe: recipe)).images
     for seed in seeds:
         sets: dict[ImageSource | str, _Set] = {}
-        for variant in variants:
-            for w_bits, a_bits in bits:
+        for variant in plan.variants:
+            for w_bits, a_bits in plan.bits:
                 keys: dict[str, Any] = {
                     "task": TASK, "model": name, "method": variant.method, "variant": variant.name,
                     "w_bits": w_bits, "a_bits": a_bits, "seed": seed,
@@ -329,23 +263,21 @@ def _unique(values: Iterable[Any]) -> list[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--table", choices=TABLES, required=True, help="the method that the table is about")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that it holds are not run again")
-    parser.add_argument("--model", action="append", help="MODEL:SEEDS, default resnet20:5 and mobilenet_small:5")
+    parser.add_argument("--model", action="append", help="only this network; all of the table by default")
     parser.add_argument("--seeds", type=int, nargs="*", help="only these seeds, to share a table among processes")
-    parser.add_argument("--no-ablation", action="store_true", help="leave the W3A3 ablation on resnet20 out")
     parser.add_argument("--images", type=int, default=TEST_IMAGES, help="test images")
     parser.add_argument("--minutes", type=float, help="begin no further row after this long")
     args = parser.parse_args()
     command = "python -m zsq_ext.bench.accuracy " + " ".join(sys.argv[1:])
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     table, test, progress = Table(args.out, command), TestSet(args.images), Progress()
-    for entry in args.model or ["resnet20:5", "mobilenet_small:5"]:
-        name, _, seeds = entry.partition(":")
-        chosen = tuple(seed for seed in range(int(seeds or 1)) if args.seeds is None or seed in args.seeds)
-        run_table(table, name, VARIANTS, ((4, 4), (3, 3)), chosen, test, deadline=deadline, progress=progress)
-        if name == "resnet20" and not args.no_ablation:
-            run_table(table, name, ABLATIONS, ((3, 3),), chosen, test, deadline=deadline, progress=progress)
-    sys.stdout.write(summary(table.rows, ("min-max", "noise", "SynQ")))
+    plans = [plan for plan in TABLES[args.table] if args.model is None or plan.model in args.model]
+    for plan in plans:
+        seeds = tuple(seed for seed in range(plan.seeds) if args.seeds is None or seed in args.seeds)
+        run_table(table, plan, seeds, test, deadline=deadline, progress=progress)
+    sys.stdout.write(summary(table.rows, tuple(plans[0].variants[i].name for i in range(3)) if plans else ()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""Which rows an accuracy table has: methods beside their controls, and a method without one of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from zsq_ext.methods import synq
+from zsq_ext.methods.images import PixelImages
+from zsq_ext.methods.qat import Qat
+from zsq_ext.methods.recipe import Recipe
+from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, LowPass, Perturb, SoftLabels
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table per seed: a method, where its images come from, and what is changed about its recipe."""
+
+    name: str
+    method: str
+    images: str = "own"  # the method's, "noise" or "real"
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe
+
+
+def with_ideas(change: Callable[[tuple[Idea, ...]], tuple[Idea, ...]]) -> Callable[[Recipe], Recipe]:
+    """Changes the ideas of a fine-tuning."""
+
+    def changed(recipe: Recipe) -> Recipe:
+        tune = recipe.tune
+        if not isinstance(tune, Qat):
+            raise TypeError(f"accuracy: ideas must belong to a fine-tuning, got {type(tune).__name__}")
+        distill = replace(tune.distill, ideas=change(tune.distill.ideas))
+        return replace(recipe, tune=replace(tune, distill=distill))
+
+    return changed
+
+
+def without(*kinds: type) -> Callable[[Recipe], Recipe]:
+    """Switches ideas off."""
+    return with_ideas(lambda ideas: tuple(idea for idea in ideas if not isinstance(idea, kinds)))
+
+
+def with_cut(d0: float) -> Callable[[Recipe], Recipe]:
+    """Moves the low-pass filter's cut."""
+    return with_ideas(lambda ideas: tuple(replace(i, d0=d0) if isinstance(i, LowPass) else i for i in ideas))
+
+
+# noise, no ideas and real share their tuning and differ in the images; SynQ and no ideas differ in the ideas
+VARIANTS = (
+    Variant("min-max", "minmax"),
+    Variant("noise", "noise"),
+    Variant("SynQ", "synq"),
+    Variant("SynQ without its ideas", "synq", change=without(*synq.IDEAS)),
+    Variant("real images", "synq", "real", without(*synq.IDEAS)),
+)
+ABLATIONS = (
+    Variant("SynQ - low-pass", "synq", change=without(LowPass)),
+    Variant("SynQ - CAM", "synq", change=without(CamAlign)),
+    Variant("SynQ - soft labels", "synq", change=without(SoftLabels)),
+    Variant("SynQ, low-pass at 80", "synq", change=with_cut(80)),  # as released
+    Variant("SynQ - FA - perturbation", "synq", change=without(FeatureAlign, Perturb)),
+)
+
+
+# A depthwise network's statistics are harder to meet: after 50 steps its images' loss is three times the ResNet's.
+# On the validation stream 150 steps bring the student as near to the teacher as real images do.
+IMAGE_STEPS = {"mobilenet_small": 150}
+
+
+def for_network(name: str, recipe: Recipe) -> Recipe:
+    """A recipe with as many steps of image making as the network needs."""
+    if not isinstance(recipe.images, PixelImages) or name not in IMAGE_STEPS:
+        return recipe
+    steps = IMAGE_STEPS[name]
+    pixels = replace(recipe.images.pixels, iterations=steps, patience=max(20, steps // 4))
+    return replace(recipe, images=replace(recipe.images, pixels=pixels))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Some rows of a table: every variant at all bits on one network, for so many seeds."""
+
+    model: str
+    variants: tuple[Variant, ...]
+    bits: tuple[tuple[int, int | None], ...]
+    seeds: int
+
+
+W4A4, W3A3 = (4, 4), (3, 3)
+
+TABLES = {
+    "synq": (
+        Plan("resnet20", VARIANTS, (W4A4, W3A3), 5),
+        Plan("resnet20", ABLATIONS, (W3A3,), 5),
+        Plan("mobilenet_small", VARIANTS, (W4A4, W3A3), 5),
+    ),
+}
+"""The plans of a table by the method it is about; the differences are taken to that method and its controls."""

@@ -220,7 +220,7 @@ def _job(
 
 
 def _fingerprint_of(given: Images) -> str:
-    return fingerprint({"images": given.images, "labels": given.labels, "held_out": given.held_out})
+    return fingerprint({name: value for name, value in given.tensors().items() if name != "held_out_labels"})
 
 
 class _Evaluator:

@@ -31,7 +31,7 @@ class Result:
     Attributes:
         model: the fake-quantized network, ready to evaluate or to train on; on the caller's model's device.
         images: the synthetic images (N, C, H, W) behind the tuning, in the network's normalised space, unfiltered.
-        labels: their labels (N,).
+        labels: their labels (N,); None for a network that is no classifier.
         quality: agreement, divergence and per-layer figures on held-out synthetic images; needs no data.
         spec: what the network expects at its input.
         qconfig: bits and placement.
@@ -45,7 +45,7 @@ class Result:
 
     model: fx.GraphModule
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None
     quality: Quality
     spec: InputSpec
     qconfig: QConfig

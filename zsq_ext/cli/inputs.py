@@ -170,9 +170,10 @@ def images(path: Path) -> Images:
             f"--images must be a file that synthesize wrote: {str(error).removeprefix('load: ')}"
         ) from error
     wanted = ["held_out", "held_out_labels", "images", "labels"]
-    if sorted(tensors) != wanted:
+    if sorted(tensors) not in (wanted, ["held_out", "images"]):  # a detector's images have no labels
         raise ValueError(f"--images must hold the tensors {', '.join(wanted)}, got {', '.join(tensors)} in {path}")
-    return Images(tensors["images"], tensors["labels"], tensors["held_out"], tensors["held_out_labels"])
+    labels, held_out_labels = tensors.get("labels"), tensors.get("held_out_labels")
+    return Images(tensors["images"], labels, tensors["held_out"], held_out_labels)
 
 
 def quantized(path: Path, model: nn.Module) -> nn.Module:

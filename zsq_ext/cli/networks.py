@@ -161,12 +161,13 @@ def synthesize(
         progress=Progress(quiet=quiet),
     )
     pixels = pictures.to_pixels(made.images, network.spec)
-    chosen = pictures.one_of_each(made.labels, 100)
+    chosen = pictures.some(made.images, made.labels, 100)
     (folder / "images.png").write_bytes(encode(pictures.grid(pixels[chosen], columns=10)))
     if png:
         (folder / "png").mkdir(exist_ok=True)
-        for n, (label, image) in enumerate(zip(made.labels.tolist(), pixels, strict=True)):
-            (folder / "png" / f"{n:05d}-class{label}.png").write_bytes(encode(image))
+        labels = [""] * len(pixels) if made.labels is None else [f"-class{label}" for label in made.labels.tolist()]
+        for n, (label, image) in enumerate(zip(labels, pixels, strict=True)):
+            (folder / "png" / f"{n:05d}{label}.png").write_bytes(encode(image))
     counts = {"images": len(made.images), "held_out": len(made.held_out)}
     write_json(json, {"model": network.name, "method": method, "seed": seed, **counts, "out": str(folder)})
     if not to_stdout(json):

@@ -42,7 +42,8 @@ class GaussianImages:
     def make(self, job: Job) -> Images:
         total = self.images + self.held_out
         noise = torch.randn(total, *job.spec.shape, generator=stream(job.seed, "noise"))
-        return hold_out(noise.to(job.device), random_labels(job, total), self.held_out)
+        labels = random_labels(job, total) if job.num_classes else None
+        return hold_out(noise.to(job.device), labels, self.held_out)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class PixelImages:
         require("PixelImages", "lbns", self.lbns, self.lbns == 0 or self.centres, "be 0 without centres")
 
     def check(self, teacher: fx.GraphModule, spec: InputSpec) -> None:
+        require_classes("images with labels", spec)
         Teacher(teacher)  # refuses a network without statistics
 
     def make(self, job: Job) -> Images:
@@ -87,7 +89,7 @@ class PixelImages:
             return made
         # without L-BNS the centres join the tuning set
         own = torch.arange(job.num_classes, device=job.device)
-        return replace(made, images=torch.cat([made.images, centres]), labels=torch.cat([made.labels, own]))
+        return replace(made, images=torch.cat([made.images, centres]), labels=torch.cat([made.the_labels(), own]))
 
     def inception(self, teacher: Teacher, centres: Tensor | None) -> Objective:
         """The images' loss: hard-sample inception + BN statistics (+ L-BNS towards the calibration centres)."""
@@ -116,6 +118,12 @@ class PixelImages:
         labels = torch.arange(job.num_classes, device=job.device)
         centres, _ = make_images(job.stage("centres"), teacher, labels, job.spec.shape, objective, self.centre_pixels)
         return centres
+
+
+def require_classes(what: str, spec: InputSpec) -> None:
+    """Raises ValueError for a network that is no classifier."""
+    if spec.num_classes is None:
+        raise ValueError(f"quantize: model must be a classifier, with one output (N, K), for {what}")
 
 
 def random_labels(job: Job, count: int) -> Tensor:

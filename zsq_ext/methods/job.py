@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,28 +39,41 @@ class Job:
 
     @property
     def num_classes(self) -> int:
+        """How many classes there are; 0 for a network that is no classifier."""
         return self.spec.num_classes or 0  # the front door fills it in
 
 
 @dataclass(frozen=True)
 class Images:
-    """An image set: the part that tunes and the part held out from tuning, (N, C, H, W) and (N,)."""
+    """An image set: the part that tunes and the part held out from tuning, (N, C, H, W) and (N,).
+
+    Labels are None for a network that is no classifier.
+    """
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None
     held_out: Tensor
-    held_out_labels: Tensor
+    held_out_labels: Tensor | None
     history: list[dict] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Images:
         """The same set on another device."""
-        images, labels, held_out = self.images.to(device), self.labels.to(device), self.held_out.to(device)
-        return Images(images, labels, held_out, self.held_out_labels.to(device), self.history)
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file of images holds."""
-        names = ("images", "labels", "held_out", "held_out_labels")
-        return {name: getattr(self, name) for name in names}
+        """What a file of images holds: no labels where there are none."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def the_labels(self) -> Tensor:
+        """The labels of the part that tunes.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.labels is None:
+            raise ValueError("images: labels must be given for fine-tuning, got images without labels")
+        return self.labels
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,8 @@ class Outcome:
     epochs: int
 
 
-def hold_out(images: Tensor, labels: Tensor, count: int, history: list[dict] | None = None) -> Images:
+def hold_out(images: Tensor, labels: Tensor | None, count: int, history: list[dict] | None = None) -> Images:
     """Splits the last ``count`` images off."""
     cut = len(images) - count
-    return Images(images[:cut], labels[:cut], images[cut:], labels[cut:], history or [])
+    known, others = (None, None) if labels is None else (labels[:cut], labels[cut:])
+    return Images(images[:cut], known, images[cut:], others, history or [])

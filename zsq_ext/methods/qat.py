@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from zsq_ext.core.check import require
 from zsq_ext.core.rng import stream
 from zsq_ext.core.spec import InputSpec
+from zsq_ext.methods.images import require_classes
 from zsq_ext.methods.job import Images, Job, Outcome
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import RangeTrace, activation_quantizers, calibrating
@@ -46,6 +47,8 @@ class Qat:
         require("Qat", "range_batch", self.range_batch, self.range_batch >= 1, "be at least 1")
 
     def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool) -> None:
+        if self.finetune.epochs > 0 or self.ranges == "generator":
+            require_classes("fine-tuning by distillation (tune='qat')", spec)
         if self.ranges == "generator" and qconfig.a_bits is not None and not given:
             Generator.check(spec.shape)
         if self.finetune.epochs > 0:
@@ -122,7 +125,7 @@ class Qat:
             job.stage("tuning"),
             student,
             images.images,
-            images.labels,
+            images.the_labels(),
             Distiller(job.teacher, student, self.distill),
             self.finetune,
             filter_batch=self.low_pass(job, "step"),

@@ -46,7 +46,7 @@ class Result(Protocol):
     @property
     def images(self) -> Tensor: ...
     @property
-    def labels(self) -> Tensor: ...
+    def labels(self) -> Tensor | None: ...
     @property
     def quality(self) -> Quality: ...
     @property
@@ -351,7 +351,7 @@ def _distinct_images(results: Mapping[str, Result]) -> list[tuple[list[str], Res
 
 
 def _images(result: Result) -> Html:
-    chosen = pictures.one_of_each(result.labels, SHOWN)
+    chosen = pictures.some(result.images, result.labels, SHOWN)
     pixels = pictures.to_pixels(result.images[chosen], result.spec)
     columns = 10 if pixels.shape[2] < 64 else 5
     if pixels.shape[2] >= 64:
@@ -364,7 +364,8 @@ def _images(result: Result) -> Html:
         if share is None
         else f"{share:.1f} % of the values lie outside the valid range and are clipped here."
     )
-    words = f"{len(pixels)} of {len(result.images)} images, in turn one of each class, in label order; {clipped}"
+    order = "the first" if result.labels is None else "in turn one of each class, in label order"
+    words = f"{len(pixels)} of {len(result.images)} images, {order}; {clipped}"
     return Html(html.image(png.encode(drawn), drawn.shape[1] * scale, "synthetic images") + html.note(words))
 
 

@@ -44,6 +44,11 @@ def outside(images: Tensor, spec: InputSpec) -> float | None:
     return 100 * ((x < low) | (x > high)).float().mean().item()
 
 
+def some(images: Tensor, labels: Tensor | None, count: int) -> list[int]:
+    """Indices of up to ``count`` images to show: one of each class in turn, or the first ones where there are none."""
+    return list(range(min(count, len(images)))) if labels is None else one_of_each(labels, count)
+
+
 def one_of_each(labels: Tensor, count: int) -> list[int]:
     """Indices of up to ``count`` images, in label order: one per class, then a second one per class, and so on."""
     seen: dict[int, int] = {}

@@ -33,7 +33,7 @@ def op_backward_args(case):
     return u, residual, mask, *grads, *needs, *layer.flat
 
 
-def eager(u, mean, var, gamma, beta, eps, residual=None, act="none", quant=None, quant_grad="ste", stats=None):
+def eager(u, mean, var, gamma, beta, eps, residual=None, act="none", quant=None, quant_grad="ste", stats=None, extremes=False):
     """What networks compute, with the statistics as hooks take them."""
     v = F.batch_norm(u, mean, var, gamma, beta, False, 0.0, eps)
     if residual is not None:

@@ -18,12 +18,13 @@ struct CudaBnActArgs {
   uint8_t* mask;         // one bit per element where a gradient passes; every row starts a byte
   float* s1;             // [groups][channels], groups = samples where per_sample, else 1; as s2; both or neither
   float* s2;
+  float* ends;  // [2][channels]: the smallest and the largest value that enters the quantizer; n > 0
   BnActNorm norm;
   BnActQuant quant;
   BnActShape shape;
   Act act;
   DType dtype;
-  float* workspace;  // where sums are taken: partial ones, as many bytes as _workspace says
+  float* workspace;  // where sums or ends are taken: partial ones, as many bytes as _workspace says
 };
 
 int64_t cuda_bn_act_workspace(const CudaBnActArgs& args);

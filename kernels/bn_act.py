@@ -1,56 +1,18 @@
 """bn_act, channel_sums and their backwards in Triton. Contract: zsq_ext/ops/reference/bn_act.py.
 
 A program takes a tile of rows and columns. Where channels are last, a row is a place and a column a channel; elsewhere
-a row is one channel of one sample and a column a place. Sums run along the axis that is not the channels', leave one
-partial sum per tile and channel, and are added up by the caller.
+a row is one channel of one sample and a column a place. Sums and ends run along the axis that is not the channels',
+leave one partial result per tile and channel, and are added up and united by the caller.
 """
 
 import triton
 import triton.language as tl
 
 from .arith import clamp, round_half_even
+from .bn_act_tiles import Cut, place
+from .channel_range import ends
 
-# 2048 elements are 16 per thread at 4 warps. The interpreter pays per program, not per element; there the rows that are
-# summed stay few, because numpy adds them one after the other.
-_TILE = 2048
-_TILE_INTERPRETED = 1 << 16
-_ROWS = 512
-_WARPS = 4
-
-
-@triton.jit
-def _place(
-    samples,
-    channels,
-    places,
-    count,
-    chunks,
-    columns,
-    LAST: tl.constexpr,
-    PER_SAMPLE: tl.constexpr,
-    R: tl.constexpr,
-    L: tl.constexpr,
-):
-    """Where the tile lies: rows [R, 1], columns [1, L], the row's length, who is valid, channels, groups, chunk.
-
-    `count` rows belong to a group and `chunks` chunks to its sums; `columns` tiles lie side by side in a row.
-    """
-    # 64 bits before the first multiplication: tensors may exceed 2^31 elements. One axis of programs: the others end
-    # at 65535, which a row of 2^26 places passes.
-    first, second = tl.program_id(0).to(tl.int64) // columns, tl.program_id(0).to(tl.int64) % columns
-    col = (second * L + tl.arange(0, L))[None, :]
-    if LAST:
-        group, offset = first // chunks, (first % chunks) * R + tl.arange(0, R)[:, None]
-        row, length, channel, chunk = group * count + offset, channels, col, first
-        valid = (offset < count) & (col < channels)
-    else:
-        row, length = (first * R + tl.arange(0, R))[:, None], places
-        channel, sample = row % channels, row // channels
-        chunk = sample * columns + second
-        # Rows past the last sample read its gradients, and write nothing.
-        group = tl.minimum(sample, samples - 1) if PER_SAMPLE else sample * 0
-        valid = (sample < samples) & (col < places)
-    return row, col, length, valid, channel, group, chunk
+__all__ = ["Cut", "backward", "forward"]
 
 
 @triton.jit
@@ -122,12 +84,25 @@ def _store_sums(p, q, partials_ptr, size, chunk, channels, channel, valid, LAST:
 
 
 @triton.jit
+def _store_ends(y, stored: tl.constexpr, partials_ptr, size, chunk, channels, channel, valid, LAST: tl.constexpr):
+    """The ends of y for each channel of the tile, rounded to what is stored, the largest `size` behind the smallest."""
+    AXIS: tl.constexpr = 0 if LAST else 1
+    number = valid & (y == y)
+    lo, hi = tl.where(number, y, float("inf")), tl.where(number, y, float("-inf"))
+    lo, hi = ends(lo, hi, (valid & (y != y)).to(tl.int32), AXIS)
+    at, some = partials_ptr + chunk * channels + channel, tl.max(valid.to(tl.int32), AXIS, keep_dims=True) != 0
+    tl.store(at, tl.expand_dims(lo.to(stored).to(tl.float32), AXIS), mask=some)
+    tl.store(at + size, tl.expand_dims(hi.to(stored).to(tl.float32), AXIS), mask=some)
+
+
+@triton.jit
 def _forward_kernel(
     u_ptr,  # [n], as residual and y
     residual_ptr,
     y_ptr,
     mask_ptr,  # one bit per element; every row starts a byte
-    partials_ptr,  # [2][all chunks][channels] float32
+    partials_ptr,  # [2][all chunks][channels] float32, as ends
+    ends_ptr,
     mean_ptr,  # [channels] float32, as var, gamma and beta
     var_ptr,
     gamma_ptr,
@@ -156,10 +131,11 @@ def _forward_kernel(
     HAS_Y: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    HAS_ENDS: tl.constexpr,
     R: tl.constexpr,
     L: tl.constexpr,
 ):
-    row, col, length, valid, c, _, chunk = _place(
+    row, col, length, valid, c, _, chunk = place(
         samples, channels, places, count, chunks, columns, LAST, PER_SAMPLE, R, L
     )
     known = c < channels
@@ -171,6 +147,8 @@ def _forward_kernel(
         if HAS_RESIDUAL:
             v = v + tl.load(residual_ptr + i, mask=valid, other=0.0).to(tl.float32)
         y = _activated(v, ACT)
+        if HAS_ENDS:
+            _store_ends(y, y_ptr.dtype.element_ty, ends_ptr, size, chunk, channels, c, valid, LAST)
         keep = _passes(v, ACT) & valid
         if HAS_QUANT:
             y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
@@ -236,7 +214,7 @@ def _backward_kernel(
     R: tl.constexpr,
     L: tl.constexpr,
 ):
-    row, col, length, valid, c, group, chunk = _place(
+    row, col, length, valid, c, group, chunk = place(
         samples, channels, places, count, chunks, columns, LAST, PER_SAMPLE, R, L
     )
     known = c < channels
@@ -273,62 +251,17 @@ def _backward_kernel(
         tl.store(du_ptr + i, w.to(du_ptr.dtype.element_ty), mask=valid)
 
 
-class Cut:
-    """How [samples, channels, places] is cut into tiles of R rows and L columns."""
-
-    def __init__(self, samples, channels, places, last, per_sample):
-        interpreted = triton.knobs.runtime.interpret
-        tile = _TILE_INTERPRETED if interpreted else _TILE
-        self.seen = samples, channels, places
-        self.last, self.per_sample = last, per_sample
-        length = channels if last else places
-        self.L = max(8, min(triton.next_power_of_2(max(length, 1)), 32 if last and not interpreted else 1024))
-        self.R = min(tile // self.L, _ROWS)
-        self.columns = triton.cdiv(length, self.L)
-        if last:
-            self.groups = samples if per_sample else 1
-            self.count = places if per_sample else samples * places
-            self.chunks = triton.cdiv(self.count, self.R)
-            self.all_chunks = self.groups * self.chunks
-            self.grid = (self.all_chunks * self.columns,)
-        else:
-            self.groups, self.count, self.chunks = samples if per_sample else 1, 0, 1
-            self.all_chunks = samples * self.columns
-            self.grid = (triton.cdiv(samples * channels, self.R) * self.columns,)
-
-    def launch(self, kernel, layer, tensors, **constants):
-        """Runs a kernel on its own tensors, the layer's and the sizes, in this order. Nothing without elements."""
-        if 0 in self.grid:
-            return
-        norm, act, quant = layer
-        scale, zero_point, qmin, qmax, clip = (None, None, 0, 0, False) if quant is None else quant
-        pointers = *tensors, *norm[:4], scale, zero_point
-        stride = 0 if scale is None or scale.numel() == 1 else 1
-        samples, channels, places = self.seen
-        kernel[self.grid](
-            *(tensors[0] if t is None else t for t in pointers),
-            *(float(norm.eps), stride, float(qmin), float(qmax)),
-            *(self.all_chunks * channels, samples, channels, places, self.count, self.chunks, self.columns),
-            ACT=act,
-            LAST=self.last,
-            PER_SAMPLE=self.per_sample,
-            HAS_RESIDUAL=tensors[1] is not None,
-            HAS_GAMMA=norm.gamma is not None,
-            HAS_BETA=norm.beta is not None,
-            HAS_QUANT=quant is not None,
-            CLIP=clip,
-            R=self.R,
-            L=self.L,
-            num_warps=_WARPS,
-            enable_fp_fusion=False,
-            **constants,
-        )
-
-
-def forward(cut, u, residual, layer, y, mask, partials):
-    """Fills y, mask and the partial sums, those of them that are not None."""
-    there = {"HAS_Y": y is not None, "HAS_MASK": mask is not None, "HAS_SUMS": partials is not None}
-    cut.launch(_forward_kernel, layer, (u, residual, y, mask, partials), **there)
+def forward(cut, u, residual, layer, y, mask, partials, ends):
+    """Fills y, mask, the partial sums and the partial ends, those of them that are not None; ends only beside y."""
+    cut.launch(
+        _forward_kernel,
+        layer,
+        (u, residual, y, mask, partials, ends),
+        HAS_Y=y is not None,
+        HAS_MASK=mask is not None,
+        HAS_SUMS=partials is not None,
+        HAS_ENDS=ends is not None,
+    )
 
 
 def backward(cut, u, residual, mask, grads, layer, du, dr, partials):

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "bn_act.cuh"
+#include "channel_range.h"
 #include "fake_quant.h"
 #include "pack.cuh"
 
@@ -141,6 +142,7 @@ struct Channels {
   Norm<float> norm[kCount];
   float slope[kCount], offset[kCount];  // what a loss on the sums sends: 2 gS2 and gS1
   float first[kCount], second[kCount];  // sums
+  Range<float> ends[kCount];            // of what enters the quantizer, not yet rounded: that keeps the order
 
   static __device__ int of(int k) { return kLast ? k : 0; }
 
@@ -151,6 +153,7 @@ struct Channels {
     for (int k = 0; k < kCount; ++k) {
       norm[k] = {0.0f, 0.0f, 0.0f};
       slope[k] = offset[k] = first[k] = second[k] = 0.0f;
+      ends[k] = empty_range<float>();
       if (kLast && k >= n) continue;
       const float mean = number(a.norm.mean, c + k, 0.0f);
       norm[k].mean = mean;
@@ -173,7 +176,7 @@ struct Channels {
 
 // 8 neighbours from element i on, n of them there, of `channel` or of the channels from there on. A grid is read where
 // it is met: 8 of them kept over all rows would not leave the registers to anything else.
-template <class T, bool kLast, bool kQuant>
+template <class T, bool kLast, bool kQuant, bool kEnds>
 __device__ __forceinline__ void eight(const CudaBnActArgs& a, Channels<kLast>& c, int64_t channel, int64_t i,
                                       int64_t byte, int n, bool packed) {
   using C = Channels<kLast>;
@@ -199,6 +202,12 @@ __device__ __forceinline__ void eight(const CudaBnActArgs& a, Channels<kLast>& c
   }
   uint32_t passing = 0;
   with_act(a.act, Activate{u, passing});
+  if (kEnds) {
+#pragma unroll
+    for (int k = 0; k < kEight; ++k) {
+      if (k < n) c.ends[C::of(k)] = with(c.ends[C::of(k)], u[k]);
+    }
+  }
   if (kQuant) {
     Grid<float> q = grid_of(a.quant, channel);
 #pragma unroll
@@ -213,7 +222,7 @@ __device__ __forceinline__ void eight(const CudaBnActArgs& a, Channels<kLast>& c
   store8(static_cast<T*>(a.y) + i, u, n, packed);
 }
 
-template <class T, bool kLast, bool kQuant>
+template <class T, bool kLast, bool kQuant, bool kEnds>
 __device__ __forceinline__ void eight(const CudaBnActBackwardArgs& a, Channels<kLast>& c, int64_t channel, int64_t i,
                                       int64_t byte, int n, bool packed) {
   using C = Channels<kLast>;

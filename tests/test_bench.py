@@ -133,6 +133,14 @@ def test_bn_act_is_timed_beside_what_hooks_do(quick, monkeypatch):
     assert all(set(row["peers"]) == {"eager", "clone"} for row in rows)
 
 
+def test_extremes_are_timed_beside_an_observer_and_move_nothing(quick, monkeypatch):
+    case = cases_bn_act.BnActCase("range", (2, 8, 6, 6), stats=None, extremes=True)
+    monkeypatch.setattr(cases_bn_act, "BN_ACT_BENCH", [case])
+    (row,) = [row for row in families.rows(QUIET, only="bn_act") if row["backend"] == "cpu"]
+    assert (row["pass"], row["bytes"]) == ("forward", 2 * case.args()["u"].nbytes)
+    assert set(row["peers"]) == {"eager", "clone"}
+
+
 def test_adaround_is_timed_beside_the_published_chain(quick, monkeypatch):
     monkeypatch.setattr(cases_adaround, "ADAROUND_BENCH", {"block": ((8, 4, 3, 3), (8, 1, 3, 3))})
     rows = [row for row in families.rows(QUIET, only="adaround") if row["backend"] == "cpu"]

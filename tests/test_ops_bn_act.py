@@ -11,43 +11,33 @@ for eight (9).
 import numpy as np
 import pytest
 import torch
+from parity import (
+    assert_same,
+    assert_within,
+    every,
+    other_stream,
+    path,
+    refused,
+    replayed,
+    skip_refused,
+    strides_like,
+    unchanged,
+)
 
 from zsq_ext.ops import backend, bn_act, channel_sums, cpu, fake_quant, reference, statistics_of
 from zsq_ext.ops.bn_act_spec import Layer, Norm, Outputs
 from zsq_ext.ops.cases import bn_act as cases
 from zsq_ext.ops.reference.bn_act import _normalised, _per_channel
 
-ALL = pytest.mark.parametrize("case", cases.BN_ACT, ids=lambda case: case.name)
+ALL = every(cases.BN_ACT)
 CASE = {case.name: case for case in cases.BN_ACT}
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def bits(t):
-    """The tensor as integers, so that 0 and -0 differ; every NaN as one value, since only its place is promised."""
-    t = t.detach().cpu().contiguous()
-    if not t.is_floating_point():
-        return t
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return t.view(kind).masked_fill(t.isnan(), -1)
-
-
-def assert_same(got, expected):
+def near(got, expected, slack):
     assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    wrong = bits(got) != bits(expected)
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} differ"
-
-
-def assert_within(got, expected, slack):
-    """NaN and infinities in the same places, and elsewhere no further apart than slack."""
-    assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    got, expected = got.detach().cpu().double(), expected.double()
-    finite = expected.isfinite()
-    assert_same(got.masked_fill(finite, 0), expected.masked_fill(finite, 0))
-    excess = (got - expected).abs() - torch.as_tensor(slack).double().nan_to_num(torch.inf)
-    assert (excess[finite] <= 0).all(), f"beyond the tolerance by up to {excess[finite].max()}"
+    assert_within(got, expected, slack)
 
 
 # How many numbers are added one after the other before a sum is widened to float64: 512 rows, or 4096 neighbours in 8
@@ -95,12 +85,6 @@ def backward_args(case, device="cpu"):
     return case.told_backward(mask, device)
 
 
-def strides_of(u):
-    last = u.dim() > 2 and u.stride(1) == 1 and not u.is_contiguous()
-    dense = torch.empty(u.shape, device="meta")
-    return (dense.movedim(1, -1).contiguous().movedim(-1, 1) if last else dense).stride()
-
-
 # meaning
 
 
@@ -128,7 +112,7 @@ def test_reference_is_the_formula(case):
             "hardswish": lambda: v * np.clip(v + kind(3), 0, 6) * kind(1 / 6),
         }[case.act]()
         d = (wide("u") - wide("mean").reshape(shape)).astype(np.float64)
-    got, s1, s2, mask = reference.bn_act(*case.told())
+    got, s1, s2, mask, _ = reference.bn_act(*case.told())
     y = torch.from_numpy(y).to(case.dtype)
     if case.quant is not None:
         scale, zero_point, qmin, qmax = args["quant"]
@@ -139,7 +123,7 @@ def test_reference_is_the_formula(case):
             code = np.clip(np.rint(y.to(case.compute).numpy() / scale) + zero_point, qmin, qmax)
         y = torch.from_numpy((code - zero_point) * scale).to(case.dtype)
     if case.act == "silu" and case.quant is None:
-        assert_within(got, y, slack_of_silu(torch.from_numpy(v), y, case.dtype))
+        near(got, y, slack_of_silu(torch.from_numpy(v), y, case.dtype))
     else:
         assert_same(got, y)
     assert mask.numel() == 0
@@ -147,9 +131,9 @@ def test_reference_is_the_formula(case):
         axes = tuple(range(2, d.ndim)) if case.stats == "sample" else (0, *range(2, d.ndim))
         d = torch.from_numpy(d)
         with np.errstate(all="ignore"):
-            assert_within(s1, torch.from_numpy(d.numpy().sum(axes)).to(case.compute), slack_of_sum(d, case, case.stats))
+            near(s1, torch.from_numpy(d.numpy().sum(axes)).to(case.compute), slack_of_sum(d, case, case.stats))
             squares = torch.from_numpy((d.numpy() ** 2).sum(axes)).to(case.compute)
-            assert_within(s2, squares, slack_of_sum(d.square(), case, case.stats))
+            near(s2, squares, slack_of_sum(d.square(), case, case.stats))
 
 
 def test_documented_example():
@@ -179,10 +163,7 @@ def test_edges_pass_no_gradient_and_nan_passes_it():
         assert torch.autograd.grad(behind, u, torch.ones(1, 8))[0].tolist()[0] == expected
 
 
-QUANTIZED = pytest.mark.parametrize("case", [c for c in cases.BN_ACT if c.quant], ids=lambda case: case.name)
-
-
-@QUANTIZED
+@every([case for case in cases.BN_ACT if case.quant])
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_a_quantizer_inside_is_fake_quant_behind(case, name):
     """The same bits of the value, of u's gradient and of the residual's."""
@@ -200,8 +181,7 @@ def test_a_quantizer_inside_is_fake_quant_behind(case, name):
                 y, *sums = out if isinstance(out, tuple) else (out,)
                 y = fake_quant(y, *args["quant"], axis=1, grad=case.quant_grad)
             found.append([y, *torch.autograd.grad((y, *sums), list(leaves.values()), grads)])
-    for a, b in zip(*found, strict=True):
-        assert_same(a, b)
+    assert_same(*found)
 
 
 # parity
@@ -210,19 +190,13 @@ def test_a_quantizer_inside_is_fake_quant_behind(case, name):
 @ALL
 def test_forward_agrees_with_the_reference(case, fast):
     name, device = fast
-    told = u, residual, layer, _ = case.told(device, mask=has_bits(case))
-    if (reason := backend.reason_against(name, "bn_act", device, case.dtype)) is not None:
-        with backend.backend(name), pytest.raises(NotImplementedError, match=reason):
-            op(*told)
+    told = case.told(device, mask=has_bits(case))
+    if refused(fast, "bn_act", case.dtype, lambda: op(*told)):
         return
-    inputs = [t for t in (u, residual, *layer.flat) if isinstance(t, torch.Tensor)]
-    copies = [t.clone() for t in inputs]
-    with backend.backend(name):
+    with backend.backend(name), unchanged(told):
         got = op(*told)
     assert_forward(case, got, reference.bn_act(*case.told(mask=has_bits(case))))
-    assert got[0].stride() == strides_of(u)
-    for before, after in zip(copies, inputs, strict=True):
-        assert torch.equal(before.nan_to_num(), after.nan_to_num()), "an input was modified"
+    assert got[0].stride() == strides_like(told[0])
 
 
 def has_bits(case):
@@ -231,27 +205,26 @@ def has_bits(case):
 
 def assert_forward(case, got, expected):
     args = case.args()
-    y, s1, s2, mask = got
+    y, s1, s2, mask, _ = got
     if case.act == "silu" and case.quant is None:
-        assert_within(y, expected[0], slack_of_silu(before_activation(case)[0], expected[0], case.dtype))
+        near(y, expected[0], slack_of_silu(before_activation(case)[0], expected[0], case.dtype))
     else:
         assert_same(y, expected[0])
     assert_same(mask, expected[3])
     if case.stats is not None:
         d = args["u"].to(case.compute) - _per_channel(args["mean"], args["u"])
-        assert_within(s1, expected[1], slack_of_sum(d, case, case.stats))
-        assert_within(s2, expected[2], slack_of_sum(d.double().square(), case, case.stats))
+        near(s1, expected[1], slack_of_sum(d, case, case.stats))
+        near(s2, expected[2], slack_of_sum(d.double().square(), case, case.stats))
 
 
 @ALL
 def test_backward_agrees_with_the_reference(case, fast):
     name, device = fast
-    if backend.reason_against(name, "bn_act_backward", device, case.dtype) is not None:
-        pytest.skip(f"{name} has no backward for {case.dtype}: the forward's test says so")
+    skip_refused(fast, "bn_act_backward", case.dtype)
     with backend.backend(name):
         got = op_backward(*backward_args(case, device))
     assert_backward(case, got)
-    assert got[0].stride() == strides_of(case.args(device)["u"])
+    assert got[0].stride() == strides_like(case.args(device)["u"])
 
 
 def assert_backward(case, got):
@@ -266,8 +239,8 @@ def assert_backward(case, got):
     else:
         slack_u = slack_of_silu(v, a * grad.double() * size, case.dtype)
         # the sum with the statistics' term rounds once more
-        assert_within(got[0], expected[0], slack_u + expected[0].double().abs() * torch.finfo(case.dtype).eps)
-        assert_within(got[1], expected[1], slack_g if case.residual else 0)
+        near(got[0], expected[0], slack_u + expected[0].double().abs() * torch.finfo(case.dtype).eps)
+        near(got[1], expected[1], slack_g if case.residual else 0)
     # Sums of g and of g * (u - mean), for which silu's slope has its slack too; the product with inv rounds once more.
     d = (args["u"].to(case.compute) - _per_channel(args["mean"], args["u"])).double()
     inv = (args["var"] + args["eps"]).rsqrt().double()
@@ -275,15 +248,7 @@ def assert_backward(case, got):
     own = torch.zeros_like(g) if slack_g is None else slack_g
     for sums, factor, scale in ((3, torch.ones_like(d), 1), (2, d, inv)):
         more = (own * factor.abs()).sum([0, *range(2, d.dim())])
-        assert_within(got[sums], expected[sums], (slack_of_sum(g * factor, case, "batch") + more) * scale)
-
-
-@pytest.fixture
-def scalar():
-    native = pytest.importorskip("zsq_ext._C")
-    before = native.set_simd(False)
-    yield
-    native.set_simd(before)
+        near(got[sums], expected[sums], (slack_of_sum(g * factor, case, "batch") + more) * scale)
 
 
 @ALL
@@ -293,7 +258,7 @@ def test_scalar_path_agrees_with_the_reference(case, scalar):
     assert_backward(case, cpu.bn_act_backward(*backward_args(case)))
 
 
-@pytest.mark.parametrize("case", cases.BN_ACT_LARGE, ids=lambda case: case.name)
+@every(cases.BN_ACT_LARGE)
 def test_large_results_agree_with_the_reference(case):
     pytest.importorskip("zsq_ext._C")
     told = case.told(mask=case.saves_mask)
@@ -304,28 +269,25 @@ def test_large_results_agree_with_the_reference(case):
 @pytest.mark.parametrize("simd", [True, False])
 def test_silu_over_the_whole_range(simd):
     """Every exponent and sign: the vector code's own exponential, and where it overflows."""
-    native = pytest.importorskip("zsq_ext._C")
     bits_ = torch.arange(0, 2**31 - 2**23, 65521, dtype=torch.int64).to(torch.int32)  # up to the infinities
     v = torch.cat([torch.linspace(-130, 130, 52001), bits_.view(torch.float32)])
     u = torch.cat([v, -v])[None, :, None].expand(1, -1, 8).movedim(1, 2).contiguous()
     zero, one = torch.zeros(8), torch.ones(8)
     layer = Layer(Norm(zero, one), "silu")
-    before = native.set_simd(simd)
-    try:
+    with path(simd):
         got = cpu.bn_act(u, None, layer, Outputs())[0]
-    finally:
-        native.set_simd(before)
     wide = Layer(Norm(zero.double(), one.double()), "silu")
     exact = reference.bn_act(u.double(), None, wide, Outputs())[0]
-    assert_within(got, exact.float(), slack_of_silu(u, exact, torch.float32))
+    near(got, exact.float(), slack_of_silu(u, exact, torch.float32))
 
 
 @ALL
 def test_sums_alone_are_the_same(case, fast):
     name, device = fast
     args = case.args(device)
-    if case.stats is None or backend.reason_against(name, "channel_sums", device, case.dtype) is not None:
-        pytest.skip("no statistics, or none on this backend: the forward's test says so")
+    if case.stats is None:
+        pytest.skip("no statistics")
+    skip_refused(fast, "channel_sums", case.dtype)
     grads = case.grads(device)[1:]
     with backend.backend(name):
         u = args["u"].requires_grad_()
@@ -335,34 +297,25 @@ def test_sums_alone_are_the_same(case, fast):
     assert_same(s1, with_y[1])
     assert_same(s2, with_y[2])
     assert_same(du, reference.channel_sums_backward(case.args()["u"], case.args()["mean"], *case.grads()[1:]))
-    assert du.stride() == strides_of(args["u"])
+    assert du.stride() == strides_like(args["u"])
 
 
 def test_a_backend_repeats_its_bits(fast):
     name, device = fast
     for case in (CASE["pieces"], CASE["pieces_channels_last"]):
-        if backend.reason_against(name, "bn_act", device, case.dtype) is not None:
-            pytest.skip(f"{name} has no bn_act: the forward's test says so")
+        skip_refused(fast, "bn_act", case.dtype)
         with backend.backend(name):
-            first, again = (op(*case.told(device, mask=True)) for _ in range(2))
-            for a, b in zip(first, again, strict=True):
-                assert_same(a, b.cpu())
+            assert_same(op(*case.told(device, mask=True)), op(*case.told(device, mask=True)))
 
 
 @pytest.mark.parametrize("name", ["threads", "threads_channels_last", "tail", "pieces_sample", "quant_threads"])
 def test_any_number_of_threads_gives_the_same_bits(name):
     case, found = CASE[name], []
-    before = torch.get_num_threads()
     for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        try:
-            with backend.backend("auto"):
-                found.append([*op(*case.told(mask=True)), *op_backward(*backward_args(case))])
-        finally:
-            torch.set_num_threads(before)
+        with path(threads=threads), backend.backend("auto"):
+            found.append([*op(*case.told(mask=True)), *op_backward(*backward_args(case))])
     for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
-            assert_same(a, b)
+        assert_same(other, found[0])
 
 
 # GPU only
@@ -372,14 +325,9 @@ def test_any_number_of_threads_gives_the_same_bits(name):
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_cuda_graph_replays_with_new_contents(name):
     case = CASE["relu_residual"]
-    args = case.args("cuda")
+    args, other = case.args("cuda"), case.args("cuda", seed=7)
     with backend.backend(name):
-        bn_act(**args)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = bn_act(**args)
-    args["u"].copy_(case.args("cuda", seed=7)["u"])
-    graph.replay()
+        out = replayed(lambda: bn_act(**args), lambda: args["u"].copy_(other["u"]))
     assert_same(out[0], reference.bn_act(args["u"], args["residual"], case.told("cuda")[2], Outputs("batch"))[0].cpu())
 
 
@@ -402,11 +350,7 @@ def test_more_than_2_31_elements(name):
 def test_runs_on_the_current_stream(name):
     case = CASE["threads"]
     args = case.args("cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), backend.backend(name):
-        torch.cuda._sleep(20_000_000)  # were a kernel on another stream, it would read u before the next line
+    with other_stream(), backend.backend(name):
         args["u"].mul_(2)
         out = bn_act(**args)
-    stream.synchronize()
     assert_same(out[0], reference.bn_act(args["u"], args["residual"], case.told("cuda")[2], Outputs("batch"))[0].cpu())

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
+from parity import assert_exports, assert_raises, assert_same, compiled, every, ours, skip_refused
 
 from zsq_ext.ops import backend, bn_act, channel_sums, reference, statistics_of
 from zsq_ext.ops.cases import bn_act as cases
@@ -12,14 +11,6 @@ from zsq_ext.ops.cases.bn_act_errors import BN_ACT_ERRORS, CHANNEL_SUMS_ERRORS
 CASE = {case.name: case for case in cases.BN_ACT}
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def assert_same(got, expected):
-    """The same bits, so that 0 and -0 differ; of NaN only the place is promised."""
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
-    assert got.dtype == expected.dtype
-    seen, wanted = (t.detach().cpu().contiguous().view(kind).masked_fill(t.cpu().isnan(), -1) for t in (got, expected))
-    assert torch.equal(seen, wanted)
 
 
 def op_args(case, mask=False):
@@ -36,23 +27,16 @@ def op_backward_args(case):
 # errors
 
 
-@pytest.mark.parametrize("case", BN_ACT_ERRORS, ids=lambda case: case.name)
+@every(BN_ACT_ERRORS)
 def test_errors_name_the_argument(case):
     good = dict.fromkeys(("mean", "var", "gamma", "beta"), torch.ones(4))
     good |= {"u": torch.zeros(2, 4, 3), "eps": 1e-5, "residual": torch.zeros(2, 4, 3), "act": "relu", "stats": "batch"}
-    bn_act(**good)
-    with pytest.raises(case.error) as raised:
-        bn_act(**{**good, **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, bn_act, good)
 
 
-@pytest.mark.parametrize("case", CHANNEL_SUMS_ERRORS, ids=lambda case: case.name)
+@every(CHANNEL_SUMS_ERRORS)
 def test_errors_of_sums_name_the_argument(case):
-    good = {"u": torch.zeros(2, 4, 3), "mean": torch.zeros(4), "stats": "sample"}
-    channel_sums(**good)
-    with pytest.raises(case.error) as raised:
-        channel_sums(**{**good, **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, channel_sums, {"u": torch.zeros(2, 4, 3), "mean": torch.zeros(4), "stats": "sample"})
 
 
 def test_a_count_is_positive():
@@ -78,19 +62,6 @@ def test_opcheck(name):
         torch.library.opcheck(torch.ops.zsq.channel_sums_backward, (args["u"], args["mean"], *case.grads()[1:]))
 
 
-def _graph_of(function, *args):
-    """Compiles without generating code, and gives the result with the operators of the forward's graph."""
-    seen = []
-
-    def look(graph, inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return make_boxed_func(graph.forward)
-
-    torch._dynamo.reset()
-
-    return torch.compile(function, backend=aot_autograd(fw_compiler=look), fullgraph=True)(*args), seen
-
-
 @pytest.mark.parametrize(
     "name",
     ["relu_residual", "relu6_channels_last", "silu", "bf16_residual", "sample", "no_stats", "quant_ste", "quant_relu"],
@@ -99,18 +70,18 @@ def test_compile_keeps_reductions_and_decomposes_the_rest(name):
     case = CASE[name]
     args, (grad, *sums) = case.args(), case.grads()
     outs = {}
-    for compiled in (True, False):
+    for whole in (True, False):
         u = args["u"].detach().requires_grad_()
 
         def run(u):
             return bn_act(**{**args, "u": u})
 
         with backend.backend("auto"):
-            out, ops = _graph_of(run, u) if compiled else (run(u), None)
+            out, graphs = compiled(run, u) if whole else (run(u), None)
         out = out if isinstance(out, tuple) else (out,)
-        outs[compiled] = *out, *torch.autograd.grad(out, u, [grad, *(g for g in sums if g is not None)])
-        if compiled:
-            assert any("zsq.bn_act" in op for op in ops) == (case.stats is not None)
+        outs[whole] = *out, *torch.autograd.grad(out, u, [grad, *(g for g in sums if g is not None)])
+        if whole:
+            assert ours(graphs[0]) == ["zsq.bn_act.default"] * (case.stats is not None)
     for a, b in zip(outs[True], outs[False], strict=True):
         if case.act == "silu":
             torch.testing.assert_close(a, b)
@@ -121,14 +92,13 @@ def test_compile_keeps_reductions_and_decomposes_the_rest(name):
 def test_compile_keeps_a_forced_backend_opaque(fast):
     name, device = fast
     case = CASE["no_stats_residual"]
-    if backend.reason_against(name, "bn_act", device, case.dtype) is not None:
-        pytest.skip(f"{name} has no bn_act: the forward's test says so")
+    skip_refused(fast, "bn_act", case.dtype)
     args = case.args(device)
     u = args["u"].requires_grad_()
     with backend.backend(name):
-        out, ops = _graph_of(lambda u: bn_act(**{**args, "u": u}), u)
+        out, graphs = compiled(lambda u: bn_act(**{**args, "u": u}), u)
         (got,) = torch.autograd.grad(out, u, case.grads(device)[0])
-    assert any("zsq.bn_act" in op for op in ops)
+    assert ours(graphs[0]) == ["zsq.bn_act.default"]
     assert_same(out, reference.bn_act(*case.told())[0])
     assert_same(got, torch.ops.zsq.bn_act_backward(*op_backward_args(case))[0])
 
@@ -145,15 +115,8 @@ class Block(torch.nn.Module):
 
 
 def test_export_keeps_the_op():
-    block = Block()
-    pair = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(block, pair, dynamic_shapes=(batch, batch))
-    assert "zsq.bn_act" in str(program.graph)
-    assert "zsq.channel_sums" in str(program.graph)
-    more = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
-    for a, b in zip(program.module()(*more), block(*more), strict=True):
-        assert_same(a, b)
+    few, more = ((torch.randn(n, 3, 4), torch.randn(n, 3, 4)) for n in (2, 5))
+    assert_exports(Block(), few, more, "bn_act", "channel_sums")
 
 
 def test_meta_tensors_have_a_shape_and_no_values():

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import assert_same
 
 from zsq_ext.ops import backend, bn_act, channel_energy, channel_sums, reference, statistics_of
 from zsq_ext.ops.cases import bn_act as cases
@@ -14,26 +15,9 @@ CASE = {case.name: case for case in cases.BN_ACT}
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def assert_same(got, expected):
-    """The same bits, so that 0 and -0 differ; of NaN only the place is promised."""
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
-    assert got.dtype == expected.dtype
-    seen, wanted = (t.detach().cpu().contiguous().view(kind).masked_fill(t.cpu().isnan(), -1) for t in (got, expected))
-    assert torch.equal(seen, wanted)
-
-
-def op_args(case, mask=False):
-    u, residual, layer, wanted = case.told(mask=mask)
-    return u, residual, *wanted, *layer.flat
-
-
-def op_backward_args(case):
-    mask = reference.bn_act(*case.told(mask=True))[3] if case.saves_mask else None
-    u, residual, mask, grads, layer, needs = case.told_backward(mask)
-    return u, residual, mask, *grads, *needs, *layer.flat
-
-
-def eager(u, mean, var, gamma, beta, eps, residual=None, act="none", quant=None, quant_grad="ste", stats=None):
+def eager(
+    u, mean, var, gamma, beta, eps, residual=None, act="none", quant=None, quant_grad="ste", stats=None, extremes=False
+):
     """What networks compute, with the statistics as hooks take them."""
     v = F.batch_norm(u, mean, var, gamma, beta, False, 0.0, eps)
     if residual is not None:

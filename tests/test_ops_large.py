@@ -171,7 +171,8 @@ def test_adaround(device):
 
 def test_bn_act(device):
     zero, one = torch.zeros(3, device=device), torch.ones(3, device=device)
-    y, s1, _ = bn_act(rows(device)[None], zero, one, None, None, 0.0, act="relu6", stats="batch")
+    y, s1, _, lo, hi = bn_act(rows(device)[None], zero, one, None, None, 0.0, act="relu6", stats="batch", extremes=True)
+    assert (lo.tolist(), hi.tolist()) == ([0] * 3, [6] * 3)
     assert s1.tolist() == pytest.approx([1.0] * 3, abs=1e-3)  # 0.24 + 0.26 + 0.5, each rounded to float16
     assert_same(ends(y[0]), three(LAST).clamp(0, 6))
 

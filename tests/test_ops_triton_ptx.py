@@ -131,6 +131,7 @@ def families():
             *bn_act.BN_ACT_BENCH[:4],
             replace(activation, name="silu", act="silu"),
             replace(residual, name="quantized", quant="channel"),
+            *(replace(case, name=f"extremes_{case.name}", extremes=True) for case in bn_act.BN_ACT_BENCH[:4]),
         ),
         distills: (
             *(heads.DistillCase(kd, (256, 1024), kd=kd) for kd in ("kl_batchmean", "mse", "entropy")),

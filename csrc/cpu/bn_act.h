@@ -16,6 +16,7 @@ struct BnActArgs {
   uint8_t* mask;         // one bit per element where a gradient passes; every row starts a byte
   void* s1;  // [groups][channels] compute, groups = samples where per_sample, else 1; as s2; both or neither
   void* s2;
+  void* ends;  // [2][channels] compute: the smallest and the largest value that enters the quantizer; n > 0
   BnActNorm norm;
   BnActQuant quant;
   BnActShape shape;

@@ -16,12 +16,6 @@ struct Channel8 {
   Grid8 grid;
 };
 
-struct Sums8 {
-  __m256 first, second;
-};
-
-ZSQ_AVX2 inline Sums8 no_sums() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-
 ZSQ_AVX2 inline __m256 one_plus_exp_of_minus(__m256 v) {
   return _mm256_add_ps(_mm256_set1_ps(1.0f), exp8(_mm256_xor_ps(v, _mm256_set1_ps(-0.0f))));
 }

@@ -7,6 +7,8 @@ namespace {
 // What du and dr get, and the sums of g and g * (u - mean) where gamma and beta learn.
 template <Act kAct, class T>
 struct Backward {
+  static constexpr bool kEnds = false;
+
   const T* u;
   const T* residual;
   const uint8_t* mask;
@@ -29,7 +31,7 @@ struct Backward {
   }
 
   template <class C>
-  void one(int64_t i, Bit bit, const Channel<C>& channel, Sums<C>& all) const {
+  void one(int64_t i, Bit bit, const Channel<C>& channel, Totals<C, kEnds>& all) const {
     const C x = widen(u[i]), d = sub(x, channel.norm.mean);
     C w{};
     if (grad) {
@@ -64,7 +66,7 @@ struct Backward {
 
 #ifdef ZSQ_HAS_AVX2
 
-  ZSQ_AVX2 void eight(int64_t i, int64_t byte, const Channel8& c, Sums8& all) const {
+  ZSQ_AVX2 void eight(int64_t i, int64_t byte, const Channel8& c, Totals8<kEnds>& all) const {
     const __m256 x = load8(u + i), d = _mm256_sub_ps(x, c.mean);
     __m256 w = _mm256_setzero_ps();
     if (grad) {

@@ -18,6 +18,38 @@ ZSQ_AVX2 inline void take8(__m256 v, __m256& lo, __m256& hi) {
   hi = _mm256_blendv_ps(_mm256_max_ps(v, hi), v, nan);
 }
 
+// The ends of eight lanes, of numbers alone: a comparison with NaN keeps what was there, and `nan` says where it came.
+struct Ends8 {
+  __m256 lo, hi, nan;
+};
+
+ZSQ_AVX2 inline Ends8 no_ends8() { return {_mm256_set1_ps(INFINITY), _mm256_set1_ps(-INFINITY), _mm256_setzero_ps()}; }
+
+ZSQ_AVX2 inline void take8(__m256 v, Ends8& ends) {
+  ends.lo = _mm256_min_ps(v, ends.lo);
+  ends.hi = _mm256_max_ps(v, ends.hi);
+  ends.nan = _mm256_or_ps(ends.nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+}
+
+// With all bits set, as `nan` has them, an end is NaN.
+ZSQ_AVX2 inline void put_ends8(const Ends8& ends, float* lo, float* hi) {
+  _mm256_storeu_ps(lo, _mm256_or_ps(ends.lo, ends.nan));
+  _mm256_storeu_ps(hi, _mm256_or_ps(ends.hi, ends.nan));
+}
+
+ZSQ_AVX2 inline Ends8 ends8_at(const float* lo, const float* hi) {
+  const __m256 lo8 = _mm256_loadu_ps(lo);
+  return {lo8, _mm256_loadu_ps(hi), _mm256_cmp_ps(lo8, lo8, _CMP_UNORD_Q)};
+}
+
+// `range` widened to eight lanes.
+ZSQ_AVX2 inline Range<float> across8(const Ends8& ends, Range<float> range) {
+  float lo[8], hi[8];
+  put_ends8(ends, lo, hi);
+  for (int k = 0; k < 8; ++k) range = united(range, {lo[k], hi[k]});
+  return range;
+}
+
 template <class T>
 ZSQ_AVX2 Range<float> range_avx2(const T* x, int64_t n, Range<float> range) {
   // Two chains of comparisons, and NaN noted on the side: a chain alone would wait for itself.

@@ -1,4 +1,4 @@
-"""bn_act beside what networks and hooks do in eager PyTorch: batch norm, shortcut, activation, and the statistics."""
+"""bn_act beside what networks, hooks and observers do in eager PyTorch: norm, shortcut, activation, sums and range."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +21,12 @@ def subjects(device: str) -> list[Subject]:
 
 
 def _tensors(case: cases.BnActCase) -> dict[str, int]:
-    """pass -> tensors of u's size that move: u and residual in, y out; then grad and u in, and their gradients out."""
-    return {"forward": 2 + case.residual, "forward+backward": 5 + 2 * case.residual}
+    """pass -> tensors of u's size that move: u and residual in, y out; then grad and u in, and their gradients out.
+
+    Extremes move nothing of their own. Who calibrates takes no gradient.
+    """
+    forward = {"forward": 2 + case.residual}
+    return forward if case.extremes else {**forward, "forward+backward": 5 + 2 * case.residual}
 
 
 def _subject(case: cases.BnActCase, device: str, pass_: str) -> Subject:
@@ -48,11 +52,13 @@ def _grads(case: cases.BnActCase, device: str) -> tuple[Tensor | None, ...]:
     return LAYOUTS[case.layout](grad), *sums
 
 
-def _pass(function: Callable[..., Any], pass_: str) -> Callable[..., Tensor]:
-    """y, or the gradient of u, as a function of (grads, args): a frozen network's, so nothing is trained."""
+def _pass(function: Callable[..., Any], pass_: str) -> Callable[..., Any]:
+    """y and the extremes, or the gradient of u, as a function of (grads, args): a frozen network trains nothing."""
 
-    def forward(grads: Any, args: dict[str, Any]) -> Tensor:
+    def forward(grads: Any, args: dict[str, Any]) -> Any:
         out = function(**args)
+        if args["extremes"]:
+            return out[0], *out[-2:]
         return out[0] if isinstance(out, tuple) else out
 
     def both(grads: Any, args: dict[str, Any]) -> Tensor:
@@ -64,10 +70,10 @@ def _pass(function: Callable[..., Any], pass_: str) -> Callable[..., Tensor]:
     return forward if pass_ == "forward" else both
 
 
-def _expected(case: cases.BnActCase, pass_: str, device: str) -> Tensor:
-    y, _, _, mask = reference.bn_act(*case.told(device, mask=case.saves_mask))
+def _expected(case: cases.BnActCase, pass_: str, device: str) -> Any:
+    y, _, _, mask, ends = reference.bn_act(*case.told(device, mask=case.saves_mask))
     if pass_ == "forward":
-        return y
+        return (y, *ends) if case.extremes else y
     u, residual, mask, grads, layer, _ = case.told_backward(mask, device)
     return reference.bn_act_backward(u, residual, mask, grads, layer, Needs())[0]
 
@@ -84,17 +90,19 @@ def _eager(
     quant: tuple[Tensor, Tensor, int, int] | None,
     quant_grad: str,
     stats: str | None,
+    extremes: bool,
 ) -> Any:
-    """What modules compute, and hooks beside them: the sums of the shifted input."""
+    """What modules compute, and beside them hooks, the sums of the shifted input, and observers, the output's range."""
     if u.dtype in (torch.float16, torch.bfloat16):
         mean, var = mean.to(u.dtype), var.to(u.dtype)
         gamma, beta = (None if t is None else t.to(u.dtype) for t in (gamma, beta))
     v = F.batch_norm(u, mean, var, gamma, beta, False, 0.0, eps)
     y = _ACTS.get(act, lambda v: v)(v if residual is None else v + residual)
+    ends = torch.aminmax(y) if extremes else ()
     if quant is not None:
         y = torch.fake_quantize_per_tensor_affine(y, *quant)
     if stats is None:
-        return y
+        return (y, *ends) if extremes else y
     axes = list(range(2, u.dim())) if stats == "sample" else [0, *range(2, u.dim())]
     d = u.float() - mean.float().view(1, -1, *[1] * (u.dim() - 2))
-    return y, d.sum(axes), d.square().sum(axes)
+    return y, d.sum(axes), d.square().sum(axes), *ends

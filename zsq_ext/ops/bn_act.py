@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zsq_ext.ops import backend, reference
 from zsq_ext.ops import check as checks
-from zsq_ext.ops.bn_act_spec import LAYER, Grads, Layer, Needs, Norm, Outputs, Quant
+from zsq_ext.ops.bn_act_spec import LAYER, Found, Grads, Layer, Needs, Norm, Outputs, Quant
 from zsq_ext.ops.bn_act_sums import STATS, check_channels, check_input, fake_sums, pair, wants_undefined
 from zsq_ext.ops.layout import channels_last, empty_arranged, rows_of
 from zsq_ext.ops.once import once
@@ -17,18 +17,20 @@ ACTS = ("none", "relu", "relu6", "silu", "hardswish")
 QUANT_GRADS = ("ste_clip", "ste")
 
 
-def _gathered(u: Tensor, residual: Tensor | None, stats: str | None, mask: bool, *layer: Any) -> tuple[Any, ...]:
-    return u, residual, Layer.of(*layer), Outputs(stats, mask)
+def _gathered(u: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    return u, residual, Layer.of(*rest[3:]), Outputs(*rest[:3])
 
 
 def _gathered_backward(u: Tensor, residual: Tensor | None, mask: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     return u, residual, mask, Grads(*rest[:3]), Layer.of(*rest[6:]), Needs(*rest[3:6])
 
 
-def _fake(u: Tensor, residual: Tensor | None, stats: str | None, save_mask: bool, mean: Tensor, *rest: Any) -> Any:
-    rows, length = rows_of(u)
-    mask = u.new_empty((rows, (length + 7) // 8) if save_mask else 0, dtype=torch.uint8)
-    return empty_arranged(u, channels_last(u)), *fake_sums(u, mean, stats), mask
+def _fake(u: Tensor, *rest: Any) -> Found:
+    _, _, layer, wanted = _gathered(u, *rest)
+    mean, (rows, length) = layer.norm.mean, rows_of(u)
+    mask = u.new_empty((rows, (length + 7) // 8) if wanted.mask else 0, dtype=torch.uint8)
+    ends = mean.new_empty((2, u.size(1)) if wanted.extremes else 0)
+    return empty_arranged(u, channels_last(u)), *fake_sums(u, mean, wanted.stats), mask, ends
 
 
 def _fake_backward(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,7 +43,8 @@ def _fake_backward(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 _op = backend.define(
-    f"bn_act(Tensor u, Tensor? residual, str? stats, bool save_mask, {LAYER}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"bn_act(Tensor u, Tensor? residual, str? stats, bool save_mask, bool extremes, {LAYER}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     gathered=_gathered,
 )
@@ -53,8 +56,8 @@ _op_backward = backend.define(
 )
 
 
-def _forward(u: Tensor, residual: Tensor | None, wanted: Outputs, layer: Layer) -> Any:
-    if wanted.stats is None and backend.decomposes():
+def _forward(u: Tensor, residual: Tensor | None, wanted: Outputs, layer: Layer) -> Found:
+    if wanted.stats is None and not wanted.extremes and backend.decomposes():
         return reference.bn_act(u, residual, layer, wanted)
     return _op(u, residual, *wanted, *layer.flat)
 
@@ -69,26 +72,29 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 class _BnAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, residual: Tensor | None, stats: str | None, *flat: Any) -> Any:
+    def forward(
+        ctx: Any, u: Tensor, residual: Tensor | None, stats: str | None, extremes: bool, *flat: Any
+    ) -> tuple[Tensor, ...]:
         wants_undefined(ctx)
         layer = Layer.of(*flat)
         # Without a residual everything is recomputed from u. With one, a clip leaves a bit per element behind; a smooth
         # activation needs u and the residual again, and keeping the residual costs nothing where it is alive anyway,
         # as the input of the convolutions beside the shortcut is, while what enters the activation never is.
         save_mask = residual is not None and layer.clips
-        y, s1, s2, mask = _forward(u, residual, Outputs(stats, save_mask), layer)
+        y, s1, s2, mask, ends = _forward(u, residual, Outputs(stats, save_mask, extremes), layer)
         kept = residual if layer.act not in ("none", "relu", "relu6") else None
         mean, var, gamma, beta, eps, act, scale, zero_point, *rest = flat
         ctx.save_for_backward(u, kept, mask if save_mask else None, mean, var, gamma, beta, scale, zero_point)
         ctx.rest = eps, act, rest, stats
-        return y, s1, s2
+        ctx.mark_non_differentiable(ends)
+        return y, s1, s2, ends
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, *grad_rest: Tensor | None) -> tuple[Tensor | None, ...]:
         u, residual, mask, *norm, scale, zero_point = ctx.saved_tensors
         eps, act, rest, stats = ctx.rest
-        need_u, need_residual, _, _, _, need_gamma, need_beta, *others = ctx.needs_input_grad
-        grads = grad_y, *((None, None) if stats is None else pair(*grad_sums))
+        need_u, need_residual, _, _, _, _, need_gamma, need_beta, *others = ctx.needs_input_grad
+        grads = grad_y, *((None, None) if stats is None else pair(*grad_rest[:2]))
         du = dr = dgamma = dbeta = None
         if grad_y is not None or grads[1] is not None:
             passed = need_residual and mask is None and act == "none"  # what passes everywhere needs no writing again
@@ -99,7 +105,7 @@ class _BnAct(torch.autograd.Function):
             if grad_y is not None:
                 dr = grad_y if passed else found[1] if need_residual else None
                 dgamma, dbeta = found[2] if need_gamma else None, found[3] if need_beta else None
-        return du, dr, None, None, None, dgamma, dbeta, *[None] * len(others)
+        return du, dr, None, None, None, None, dgamma, dbeta, *[None] * len(others)
 
 
 def _check_residual(residual: Tensor | None, u: Tensor) -> None:
@@ -145,12 +151,13 @@ def bn_act(
     quant: tuple[Tensor, Tensor, int, int] | None = None,
     quant_grad: str = "ste_clip",
     stats: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    extremes: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Batch norm in eval mode, a shortcut, an activation, a quantizer; on request the statistics of what entered.
 
         inv = 1 / sqrt(var + eps),     a = gamma * inv,     b = beta - mean * a
-        y = quant(act(a * u + b + residual))
-        S1 = sum(u - mean),     S2 = sum((u - mean)^2)
+        v = act(a * u + b + residual),     y = quant(v)
+        S1 = sum(u - mean),     S2 = sum((u - mean)^2),     lo = min v,     hi = max v
 
     Computed in float32 (float64 for float64 u), each operation rounded once and in the order written, the result
     rounded once to u's dtype. NaN stays NaN. Every backend gives the same bits of y, but for the exponential of silu,
@@ -162,9 +169,10 @@ def bn_act(
 
         du = a * g + 2 gS2 (u - mean) + gS1,     dresidual = g,     dbeta = sum g,     dgamma = sum g (u - mean) * inv
 
-    relu and relu6 pass it strictly inside their range. mean, var and the quantizer's step get none, and there is no
-    second derivative. What enters the quantizer is rounded to u's dtype, so values and gradients have the bits of
-    `fake_quant` behind `bn_act`.
+    relu and relu6 pass it strictly inside their range. mean, var and the quantizer's step get none, none flows through
+    lo and hi, and there is no second derivative. What enters the quantizer is rounded to u's dtype, so values and
+    gradients have the bits of `fake_quant` behind `bn_act`, and lo and hi, with or without it, those of
+    `channel_range(v, axis=1)`: NaN makes both ends of its channel NaN, and a zero is +0.
 
     Args:
         u: (N, C, ...), any strides; float32, float16, bfloat16, or float64 (on the reference and cpu backends).
@@ -176,10 +184,12 @@ def bn_act(
         quant: (scale, zero_point, qmin, qmax) of `fake_quant`; scale and zero_point (1,), or (C,), a grid per channel.
         quant_grad: "ste_clip" passes the gradient where the quantizer does not clip, "ste" everywhere.
         stats: "batch" also returns the sums over each channel, (C,); "sample" over each channel of each sample, (N, C).
+        extremes: also returns the ends of each channel's range, (C,), before the quantizer: what one calibrates on.
+            u must not be empty then.
 
     Returns:
         y, with u's shape, dtype and memory format: channels last where u's channels vary fastest, else contiguous. With
-        stats, (y, S1, S2); the sums in the dtype of mean.
+        stats, (y, S1, S2); with extremes, (y, lo, hi); with both, (y, S1, S2, lo, hi). All but y in the dtype of mean.
 
     Raises:
         TypeError: a type or dtype is not as above.
@@ -192,6 +202,8 @@ def bn_act(
         >>> bn_act(u, mean, var, None, None, 0.0, act="relu", stats="batch")
         (tensor([[0., 0.],
                 [1., 2.]]), tensor([ 2., -2.]), tensor([ 4., 20.]))
+        >>> bn_act(u, mean, var, None, None, 0.0, extremes=True)[1:]
+        (tensor([ 0., -4.]), tensor([1., 2.]))
     """
     check_input("bn_act", u)
     if act not in ACTS:
@@ -205,9 +217,13 @@ def bn_act(
         raise TypeError(f"bn_act: {'mean' if mean is None else 'var'} must be a tensor, got NoneType")
     mean, var, gamma, beta = check_channels("bn_act", u, mean=mean, var=var, gamma=gamma, beta=beta)
     layer = Layer(Norm(mean, var, gamma, beta, float(eps)), act, _checked_quant(quant, quant_grad, u))
+    if extremes and u.numel() == 0:
+        raise ValueError(f"bn_act: u must not be empty where extremes are wanted, got shape {tuple(u.shape)}")
     trained = (t for t in (u, gamma, beta, residual) if t is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
-        y, s1, s2 = _BnAct.apply(u, residual, stats, *layer.flat)
+        y, s1, s2, ends = _BnAct.apply(u, residual, stats, extremes, *layer.flat)
     else:
-        y, s1, s2, _ = _forward(u, residual, Outputs(stats), layer)
-    return y if stats is None else (y, s1, s2)
+        y, s1, s2, _, ends = _forward(u, residual, Outputs(stats, False, extremes), layer)
+    if stats is None and not extremes:
+        return y
+    return y, *(() if stats is None else (s1, s2)), *(ends.unbind() if extremes else ())

@@ -74,10 +74,18 @@ class Grads(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a forward is to give beside y: the sums over the "batch" or each "sample", and the bits that pass."""
+    """What a forward is to give beside y: the sums over the "batch" or each "sample", the bits that pass, the ends.
+
+    Of the ends of what enters the quantizer the smallest come first: [2, C], in the type that computes.
+    """
 
     stats: str | None = None
     mask: bool = False
+    extremes: bool = False
+
+
+# What a forward gives: y, S1, S2, the mask and the ends; empty what is not wanted.
+Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Needs(NamedTuple):

@@ -32,11 +32,15 @@ class _Chain:
 
 
 def bn_act_quantized(quantizer: ActivationQuantizer, u: Tensor, *norm: Any, **how: Any) -> Any:
-    """``bn_act`` and the quantizer of its values: one op while the range stands still, two while it is moved."""
+    """``bn_act`` and the quantizer of its values: one op while the range stands still, two while it is moved.
+
+    What it is moved by comes from the first one's read.
+    """
     if not quantizer.observing:
         return bn_act(u, *norm, **how, quant=quantizer.params(u.dtype), quant_grad="ste")
-    y = bn_act(u, *norm, **how)
-    return quantizer(y) if isinstance(y, Tensor) else (quantizer(y[0]), *y[1:])
+    y, *sums, lo, hi = bn_act(u, *norm, **how, extremes=True)
+    y = quantizer(y, (lo, hi))
+    return (y, *sums) if sums else y
 
 
 def fuse(module: fx.GraphModule, energies: int = 0) -> fx.GraphModule:

@@ -88,12 +88,17 @@ class ActivationQuantizer(nn.Module):
         return {**self.__dict__, "observing": False, "_grid": None}
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Moves the range by one batch; no host synchronisation."""
+    def observe(self, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> None:
+        """Moves the range by one batch; no host synchronisation.
+
+        Args:
+            x: the batch.
+            ends: its extremes, (1,) or (C,) each, where something has found them already and x need not be read.
+        """
+        ends = min_max(x) if ends is None else (ends[0].amin(0, keepdim=True), ends[1].amax(0, keepdim=True))
         if self.range_kind == "lp":
-            lo, hi = lp_search(x, self.bits, signed=False, include_zero=True)
-        else:
-            lo, hi = min_max(x)
+            ends = lp_search(x, self.bits, signed=False, include_zero=True, start=ends)
+        lo, hi = ends
         lo, hi = lo.to(self.lo.dtype), hi.to(self.hi.dtype)
         if self.range_kind == "minmax":
             new = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi), self.batches + 1
@@ -145,9 +150,9 @@ class ActivationQuantizer(nn.Module):
         lo, hi = (end.to(dtype) for end in self.range())
         return affine_params(lo, hi, self.bits, signed=False, include_zero=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if self.observing:
-            self.observe(x)
+            self.observe(x, ends)
         return fake_quant(x, *self.params(x.dtype), grad="ste")
 
     def extra_repr(self) -> str:

@@ -33,6 +33,7 @@ class BnActCase:
     residual_layout: str = "contiguous"
     quant: str | None = None
     quant_grad: str = "ste_clip"
+    extremes: bool = False
 
     @property
     def compute(self) -> torch.dtype:
@@ -75,6 +76,7 @@ class BnActCase:
             "quant": self._grid(rng, device),
             "quant_grad": self.quant_grad,
             "stats": self.stats,
+            "extremes": self.extremes,
         }
 
     def _grid(self, rng: torch.Generator, device: str) -> tuple[Tensor, Tensor, int, int] | None:
@@ -99,7 +101,7 @@ class BnActCase:
         if args["quant"] is not None:
             scale, zero_point, qmin, qmax = args["quant"]
             quant = Quant(scale, zero_point, qmin, qmax, self.quant_grad == "ste_clip")
-        return args["u"], args["residual"], Layer(norm, self.act, quant), Outputs(self.stats, mask)
+        return args["u"], args["residual"], Layer(norm, self.act, quant), Outputs(self.stats, mask, self.extremes)
 
     def told_backward(self, mask: Tensor | None, device: str = "cpu") -> tuple[Any, ...]:
         """What a backend's bn_act_backward is given after a forward that left this mask, all gradients wanted."""
@@ -263,4 +265,8 @@ BN_ACT_BENCH = (
     BnActCase("relu6_16x960x7x7", shape=(16, 960, 7, 7), act="relu6"),
     BnActCase("no_stats_16x64x56x56", shape=(16, 64, 56, 56), stats=None),
     BnActCase("quant_16x64x56x56", shape=(16, 64, 56, 56), residual=True, stats=None, quant="tensor"),
+    BnActCase("extremes_16x64x56x56", shape=(16, 64, 56, 56), stats=None, extremes=True),
+    BnActCase(
+        "extremes_channels_last_16x64x56x56", shape=(16, 64, 56, 56), stats=None, extremes=True, layout="channels_last"
+    ),
 )

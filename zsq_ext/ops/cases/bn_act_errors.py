@@ -45,6 +45,12 @@ BN_ACT_ERRORS = (
     ErrorCase(
         "stats_name", ValueError, "bn_act: stats must be None or one of batch, sample, got 'all'", {"stats": "all"}
     ),
+    ErrorCase(
+        "extremes_of_nothing",
+        ValueError,
+        "bn_act: u must not be empty where extremes are wanted, got shape (0, 4, 3)",
+        {"u": torch.zeros(0, 4, 3), "residual": None, "extremes": True},
+    ),
     ErrorCase("residual_number", TypeError, "bn_act: residual must be a tensor, got float", {"residual": 0.0}),
     ErrorCase(
         "residual_dtype",

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsq_ext.ops.bn_act_spec import Grads, Layer, Needs, Norm, Outputs
+from zsq_ext.ops.bn_act_spec import Found, Grads, Layer, Needs, Norm, Outputs
 from zsq_ext.ops.layout import ACT_CODE, DTYPE_CODE, arranged, channels_last, empty_arranged, places_of, rows_of
 from zsq_ext.ops.native.call import Call, address
 
@@ -26,9 +26,7 @@ def _fields(u: Tensor, layer: Layer, per_sample: bool) -> tuple[Any, ...]:
     )
 
 
-def bn_act(
-    call: Call, u: Tensor, residual: Tensor | None, layer: Layer, wanted: Outputs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bn_act(call: Call, u: Tensor, residual: Tensor | None, layer: Layer, wanted: Outputs) -> Found:
     """y is empty where there is no var."""
     last, mean, stats = channels_last(u), layer.norm.mean, wanted.stats
     y = None if layer.norm.var is None else empty_arranged(u, last)
@@ -36,15 +34,17 @@ def bn_act(
     s1, s2 = mean.new_empty(shape), mean.new_empty(shape)
     rows, length = rows_of(u)
     mask = u.new_empty((rows, (length + 7) // 8) if wanted.mask else 0, dtype=torch.uint8)
+    ends = mean.new_empty((2, u.size(1)) if wanted.extremes else 0)
     seen = arranged(u, last)
     residual = None if residual is None else arranged(residual, last)
     call.with_workspace(
         "bn_act",
         *(address(t) for t in (seen, residual, y, mask if wanted.mask else None)),
         *(address(t if stats else None) for t in (s1, s2)),
+        address(ends if wanted.extremes else None),
         *_fields(u, layer, stats == "sample"),
     )
-    return u.new_empty(0) if y is None else y, s1, s2, mask
+    return u.new_empty(0) if y is None else y, s1, s2, mask, ends
 
 
 def bn_act_backward(

@@ -7,8 +7,9 @@ Shapes: u, y, residual and their gradients are [N, C, ...]; mean, var, gamma and
 import torch
 from torch import Tensor
 
-from zsq_ext.ops.bn_act_spec import Grads, Layer, Needs, Norm, Outputs
+from zsq_ext.ops.bn_act_spec import Found, Grads, Layer, Needs, Norm, Outputs
 from zsq_ext.ops.layout import arranged, channels_last, rows_of
+from zsq_ext.ops.reference.channel_range import channel_range
 from zsq_ext.ops.reference.fake_quant import fake_quant, fake_quant_backward
 
 
@@ -98,12 +99,13 @@ def channel_sums_backward(u: Tensor, mean: Tensor, grad_s1: Tensor, grad_s2: Ten
     return arranged(_of_sums(u, mean, grad_s1, grad_s2).to(u.dtype), channels_last(u))
 
 
-def bn_act(u: Tensor, residual: Tensor | None, layer: Layer, wanted: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, S1, S2, mask). What enters the quantizer is rounded to u's dtype first, as fake_quant would find it."""
+def bn_act(u: Tensor, residual: Tensor | None, layer: Layer, wanted: Outputs) -> Found:
+    """What enters the quantizer is rounded to u's dtype first, as fake_quant and channel_range would find it."""
     norm, act, quant = layer
     last = channels_last(u)
     v, _, _ = _normalised(u, residual, norm)
     y = _activated(v, act).to(u.dtype)
+    ends = torch.stack(channel_range(y, 1)) if wanted.extremes else norm.mean.new_empty(0)
     passing = _passes(v, act) if wanted.mask else None
     if quant is not None:
         if passing is not None and quant.clip:
@@ -112,7 +114,7 @@ def bn_act(u: Tensor, residual: Tensor | None, layer: Layer, wanted: Outputs) ->
     mean, stats = norm.mean, wanted.stats
     s1, s2 = (mean.new_empty(0), mean.new_empty(0)) if stats is None else channel_sums(u, mean, stats)
     mask = u.new_empty(0, dtype=torch.uint8) if passing is None else _packed(passing, *rows_of(u), last)
-    return arranged(y, last), s1, s2, mask
+    return arranged(y, last), s1, s2, mask, ends
 
 
 def bn_act_backward(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsq_ext.ops.bn_act_spec import Grads, Layer, Needs, Norm, Outputs
+from zsq_ext.ops.bn_act_spec import Found, Grads, Layer, Needs, Norm, Outputs
 from zsq_ext.ops.layout import arranged, channels_last, empty_arranged, places_of, rows_of
 from zsq_ext.ops.triton.launch import kernels, on_device_of
 
@@ -23,7 +23,7 @@ def _added_up(partials: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def bn_act(u: Tensor, residual: Tensor | None, layer: Layer, wanted: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bn_act(u: Tensor, residual: Tensor | None, layer: Layer, wanted: Outputs) -> Found:
     """y is empty where there is no var."""
     mean, stats = layer.norm.mean, wanted.stats
     launchers, cut = _cut(u, stats == "sample")
@@ -32,16 +32,18 @@ def bn_act(u: Tensor, residual: Tensor | None, layer: Layer, wanted: Outputs) ->
     rows, length = rows_of(u)
     mask = u.new_empty(rows, (length + 7) // 8, dtype=torch.uint8) if wanted.mask else None
     partials = None if stats is None else mean.new_empty(2, cut.all_chunks, u.size(1))
+    ends = mean.new_empty(2, cut.all_chunks, u.size(1)) if wanted.extremes else None
     seen = arranged(u, last), None if residual is None else arranged(residual, last)
     with on_device_of(u):
-        launchers.forward(cut, *seen, layer, y, mask, partials)
+        launchers.forward(cut, *seen, layer, y, mask, partials, ends)
+        extremes = mean.new_empty(0) if ends is None else torch.stack((ends[0].amin(0), ends[1].amax(0))) + 0.0
         if partials is None:
             s1, s2 = mean.new_empty(0), mean.new_empty(0)
         else:
             s1, s2 = _added_up(partials, cut.groups)
             s1, s2 = (s1, s2) if stats == "sample" else (s1[0], s2[0])
-    nothing = u.new_empty(0)
-    return nothing if y is None else y, s1, s2, u.new_empty(0, dtype=torch.uint8) if mask is None else mask
+    bits = u.new_empty(0, dtype=torch.uint8) if mask is None else mask
+    return u.new_empty(0) if y is None else y, s1, s2, bits, extremes
 
 
 def bn_act_backward(

@@ -282,6 +282,29 @@ def test_bench_writes_what_it_prints(monkeypatch):
     assert json.loads(zsq_("bench", "--suite", "steps", "--json", "-").stdout)["suite"] == "steps"
 
 
+def test_bench_refuses_before_it_measures(monkeypatch, tmp_path):
+    from zsq_ext import bench
+
+    monkeypatch.setattr(bench, "run", lambda *args, **options: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "x"
+    assert f"--json must be a file that can be written, got {below}.json" in fails("bench", "--json", f"{below}.json")
+    assert f"--plot must be a file that can be written, got {below}.svg" in fails("bench", "--plot", f"{below}.svg")
+    assert "--json must be a file that can be written" in fails("bench", "--json", tmp_path)
+    lacking = tmp_path / "old.json"
+    names = dict.fromkeys(("op", "case", "dtype", "device", "backend", "pass"), "x")
+    lacking.write_text(json.dumps({"suite": "families", "environment": {}, "rows": [{**names, "ms": 1.0}]}))
+    said = "compare: old must have a time as ms_p10 in every row, got None in row 0"
+    assert said in fails("bench", "--compare", lacking)
+
+
+def test_a_pipe_gets_whole_lines(capsys):
+    from zsq_ext.cli.common import table
+
+    table(["one", "two"], [["x" * 150, "y" * 150], ["z", ""]])
+    assert capsys.readouterr().out.splitlines()[1] == "x" * 150 + "  " + "y" * 150
+
+
 def test_bench_of_an_unknown_suite():
     assert "suite must be one of families" in fails("bench", "--suite", "nothing")
 

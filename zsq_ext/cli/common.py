@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard er
 Json = Annotated[
     Path | None, typer.Option("--json", allow_dash=True, help="Also write the result to this file; - prints only that.")
 ]
+
+_WIDEST = 10_000
 
 _ON_STOP = "zsq.on_stop"
 
@@ -61,9 +64,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = 
         drawn.add_column(name, justify="right" if numeric and n else "left")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))  # as Text, brackets in a cell are no markup
-    # A pipe has no width, and nobody wants its lines cut at 80.
+    # A pipe has no width: its lines are whole, however long, for whoever reads them by line and column.
     console = Console()
-    Console(width=console.width if console.is_terminal else 200).print(drawn)
+    Console(width=console.width if console.is_terminal else _WIDEST).print(drawn)
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Refuses a file that cannot be written, before any work is done for it; its folder is made if missing.
+
+    Raises:
+        ValueError: it cannot, naming the option.
+    """
+    if path is None or str(path) == "-":
+        return
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.open("ab").close()
+        else:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+    except OSError as error:
+        raise ValueError(f"{option} must be a file that can be written, got {path}: {error}") from error
 
 
 def to_stdout(json: Path | None) -> bool:
@@ -81,8 +105,5 @@ def write_json(json: Path | None, value: Any) -> None:
     if to_stdout(json):
         typer.echo(text, nl=False)
     else:
-        try:
-            json.parent.mkdir(parents=True, exist_ok=True)
-            json.write_text(text)
-        except OSError as error:
-            raise ValueError(f"--json must be a file that can be written, got {json}: {error}") from error
+        check_writable("--json", json)
+        json.write_text(text)

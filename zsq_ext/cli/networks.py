@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zsq_ext.cli.common import Json, Quiet, on_stop, table, to_stdout, write_json
+from zsq_ext.cli.common import Json, Quiet, check_writable, on_stop, table, to_stdout, write_json
 
 if TYPE_CHECKING:
     from zsq_ext.api import Result
@@ -74,6 +74,7 @@ def quantize(
     from zsq_ext.cli import inputs
     from zsq_ext.core.progress import Progress
 
+    check_writable("--json", json)
     progress = Progress(quiet=quiet)
     if test_images is not None and data is None:
         raise ValueError(f"--test-images must come with --data, got {test_images} alone")
@@ -143,6 +144,7 @@ def synthesize(
     from zsq_ext.report import pictures
     from zsq_ext.report.png import encode
 
+    check_writable("--json", json)
     network = inputs.network(
         model, weights=weights, input_shape=input_shape, mean=mean, std=std, num_classes=num_classes
     )
@@ -191,6 +193,7 @@ def evaluate(
     from zsq_ext.cli import inputs
     from zsq_ext.core.progress import Progress
 
+    check_writable("--json", json)
     progress, place = Progress(quiet=quiet), inputs.device(device)
     tested = inputs.data_set(data, progress, test_images)
     # a quantized file holds all values, so the architecture is enough for it

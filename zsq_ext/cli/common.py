@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +21,8 @@ _WIDEST = 10_000
 _ON_STOP = "zsq.on_stop"
 
 
-def on_stop(context: typer.Context, words: str) -> None:
-    """What Ctrl-C says from now on, such as how to go on."""
+def on_stop(context: typer.Context, words: Callable[[], str]) -> None:
+    """What Ctrl-C says from now on, such as how to go on; asked when it happens."""
     context.meta[_ON_STOP] = words
 
 
@@ -33,7 +33,8 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo(f"zsq: {ctx.meta.get(_ON_STOP, 'stopped')}", err=True)
+            words = ctx.meta.get(_ON_STOP, lambda: "stopped")
+            typer.echo(f"zsq: {words()}", err=True)
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of a pipe left; that is not an error
             raise

@@ -23,7 +23,7 @@ def demo(
     from zsq_ext.core.progress import Progress
 
     check_writable("--json", json)
-    on_stop(ctx, "stopped; the demo begins anew next time")
+    on_stop(ctx, lambda: "stopped; the demo begins anew next time")
     shown = engine.demo(Progress(quiet=quiet), out, test_images=test_images, seed=seed)
     write_json(json, shown.to_dict())
     if to_stdout(json):

@@ -217,7 +217,14 @@ def evaluate(
 
 
 def _resumable(ctx: typer.Context, folder: Path) -> None:
-    on_stop(ctx, f"stopped; the same command with --resume goes on from where {folder} stands")
+    from zsq_ext.core.run import CONFIG
+
+    def words() -> str:
+        if not (folder / CONFIG).exists():
+            return "stopped before the run began; nothing was kept"
+        return f"stopped; the same command with --resume goes on from where {folder} stands"
+
+    on_stop(ctx, words)
 
 
 def _facts(name: str, result: Result, folder: Path, tested: Any) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from recipes import changed
 from torch import nn
 
 import zsq_ext as zsq
-from zsq_ext.core.progress import QUIET
+from zsq_ext.core.progress import QUIET, Progress
 from zsq_ext.methods import synq
+from zsq_ext.ops import backend
 from zsq_ext.quant.modules import activation_quantizers
 from zsq_ext.synth.generator import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
@@ -410,6 +411,12 @@ REFUSED = {
         r"test must give images of shape \(3, 8, 8\), got \(3, 8, 4\)",
     ),
     "resume": ({"resume": True}, ValueError, "resume needs an out folder, got out=None"),
+    "nothing to resume": (
+        {"resume": True, "out": "runs/nowhere"},
+        ValueError,
+        "resume must find a run to go on with, got none: there is no runs/nowhere/config.json",
+    ),
+    "method in a list": ({"method": ["synq"]}, ValueError, r"method must be one of synq, hast, .*, got \['synq'\]"),
 }
 
 
@@ -446,6 +453,36 @@ def test_models_that_are_refused(nets, tmp_path, make, kind, message):
         quantize(make(nets), out=tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()  # a refused run leaves no folder that a corrected one would trip over
+
+
+def test_a_forced_backend_that_is_missing_is_refused_at_the_door(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend.module("cuda"), "missing", lambda: "no CUDA device is visible")
+    backend.missing.cache_clear()
+    try:
+        with backend.backend("cuda"), pytest.raises(NotImplementedError) as caught:
+            quantize(model, out=tmp_path / "run")
+    finally:
+        backend.missing.cache_clear()
+    said = "quantize: backend must be one that runs here, got 'cuda': no CUDA device is visible"
+    assert str(caught.value) == said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_model_that_looks_untrained_is_said_in_one_line(nets, model, capsys, fresh):
+    quantize(nets.Residual().eval() if fresh else model, progress=Progress())
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    said = "warning: the model's batch norms have seen no image: were its trained weights loaded?"
+    assert lines == [said] * fresh
+
+
+def test_the_other_calls_refuse_what_is_no_model(tmp_path):
+    with pytest.raises(TypeError, match=r"^evaluate: model must be a torch.nn.Module, got int$"):
+        zsq.evaluate(3, [])
+    with pytest.raises(TypeError, match=r"^evaluate: batches must give pairs of tensors .*, got int$"):
+        zsq.evaluate(nn.Linear(1, 1), 3)
+    with pytest.raises(TypeError, match=r"^load: model must be a torch.nn.Module, got NoneType$"):
+        zsq.load(tmp_path / "x.safetensors", None)
 
 
 def test_shapes_the_model_rejects_are_named(tmp_path):

@@ -319,6 +319,15 @@ def test_what_cannot_be_compared_is_refused():
         compare.compare(result(suite="steps"), result())
     with pytest.raises(ValueError, match="old must be what zsq bench --json wrote"):
         compare.check([], "families")
+    for lacking, said in (
+        (row("a", 1, 0.9, None), "a time as ms_p90 in every row, got None in row 1"),
+        ({"op": "x", "ms": 1.0}, "a name as case in every row, got None in row 1"),
+        (3, "a name as op in every row, got None in row 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^compare: old must have {said}$"):
+            compare.check(result(row("a", 1, 0.9, 1.2), lacking), "families")
+    with pytest.raises(ValueError, match=r"^compare: old must hold rows as a list, got dict$"):
+        compare.check({**result(), "rows": {}}, "families")
 
 
 def test_the_roofline_is_the_rows_own_floor():
@@ -343,6 +352,16 @@ def test_the_roofline_is_the_rows_own_floor():
 def test_a_plot_of_nothing_is_refused():
     with pytest.raises(ValueError, match="must hold rows with bytes and operations on cpu, got 0"):
         roofline.draw(result(), "cpu")
+
+
+def test_an_op_alone(quick):
+    rows = families.rows(QUIET, only="count_active")
+    assert {r["op"] for r in rows} == {"count_active"}
+    assert not set(families.OPS) - set(families.FAMILIES)
+    for name, ops in families.OPS.items():
+        if name != "image":  # which draws its images to count them
+            assert {subject.op for subject in families.FAMILIES[name]("cpu")} - {name} == set(ops)
+    assert set(families.OPS["image"]) == {*image._FLOPS, "low_pass"}
 
 
 def test_a_family_alone_and_beside_the_compiler(quick, monkeypatch):

@@ -287,6 +287,58 @@ def test_bench_writes_what_it_prints(monkeypatch):
     assert json.loads(zsq_("bench", "--suite", "steps", "--json", "-").stdout)["suite"] == "steps"
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def f():\n    return {}['weights']\n", "got KeyError in line 2 of {path}: 'weights'"),
+        ("import torch\n\ndef g():\n    torch.zeros(2) @ torch.zeros(3)\n\ndef f():\n    g()\n", "in line 4 of {path}"),
+        ("x = 1 / 0\n", "got ZeroDivisionError in line 1 of {path}: division by zero"),
+        ("def f(:\n", "got SyntaxError in line 1 of {path}"),
+        ("def f(x):\n    pass\n", "got TypeError in {path}: f() missing 1 required"),
+    ],
+)
+def test_an_error_in_the_users_file_names_its_line(tmp_path, code, said):
+    path = tmp_path / "broken.py"
+    path.write_text(code)
+    arguments = ("quantize", "--model", f"{path}:f", "--input-shape", "3,8,8", "--out", tmp_path / "run")
+    line = fails(*arguments)
+    assert line.startswith("zsq: --model must name a function that runs, got ")
+    assert said.format(path=path) in line
+    done = zsq_("--debug", *arguments)
+    assert isinstance(done.exception, ValueError)
+    assert done.exception.__cause__ is not None
+
+
+def test_nothing_to_resume(tmp_path, net):
+    arguments = ("--model", net, "--input-shape", "3,8,8")
+    line = fails("quantize", *arguments, "--out", tmp_path / "run", "--resume")
+    assert "resume must find a run to go on with, got none: there is no" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_bench_refuses_before_it_measures(monkeypatch, tmp_path):
+    from zsq_ext import bench
+
+    monkeypatch.setattr(bench, "run", lambda *args, **options: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "x"
+    assert f"--json must be a file that can be written, got {below}.json" in fails("bench", "--json", f"{below}.json")
+    assert f"--plot must be a file that can be written, got {below}.svg" in fails("bench", "--plot", f"{below}.svg")
+    assert "--json must be a file that can be written" in fails("bench", "--json", tmp_path)
+    lacking = tmp_path / "old.json"
+    names = dict.fromkeys(("op", "case", "dtype", "device", "backend", "pass"), "x")
+    lacking.write_text(json.dumps({"suite": "families", "environment": {}, "rows": [{**names, "ms": 1.0}]}))
+    said = "compare: old must have a time as ms_p10 in every row, got None in row 0"
+    assert said in fails("bench", "--compare", lacking)
+
+
+def test_a_pipe_gets_whole_lines(capsys):
+    from zsq_ext.cli.common import table
+
+    table(["one", "two"], [["x" * 150, "y" * 150], ["z", ""]])
+    assert capsys.readouterr().out.splitlines()[1] == "x" * 150 + "  " + "y" * 150
+
+
 def test_bench_of_an_unknown_suite():
     assert "suite must be one of families" in fails("bench", "--suite", "nothing")
 
@@ -404,7 +456,11 @@ def test_stopping_says_how_to_go_on(net, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "quantize", interrupted)
     done = zsq_("quantize", "--model", net, "--input-shape", "3,8,8", "--out", tmp_path / "run")
     assert done.exit_code == 130
-    assert "--resume" in done.stderr
+    assert done.stderr == "zsq: stopped before the run began; nothing was kept\n"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    done = zsq_("quantize", "--model", net, "--input-shape", "3,8,8", "--out", tmp_path / "run")
+    assert f"--resume goes on from where {tmp_path / 'run'} stands" in done.stderr
     assert str(tmp_path / "run") in done.stderr
 
 

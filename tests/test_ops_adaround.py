@@ -188,9 +188,9 @@ def test_it_starts_at_the_weight(axis, dtype):
     for up in (-9.0, 9.0):
         ends = adaround(torch.full((4,), up), base, torch.ones(1), zero_point[:1] * 0, -2, 1)
         assert ends[[0, 3]].tolist() == [-2, 1]
-    with pytest.raises(ValueError, match=r"^adaround: scale must be positive and finite, got 0.0 in channel 1$"):
+    with pytest.raises(ValueError, match=r"^adaround_start: scale must be positive and finite, got 0.0 in channel 1$"):
         adaround_start(w, torch.tensor([1, 0, 1, 1, 1.0, 1], dtype=dtype), torch.zeros(6).int(), -8, 7)
-    with pytest.raises(TypeError, match=r"^adaround: w must be a float32, .* got torch.int64$"):
+    with pytest.raises(TypeError, match=r"^adaround_start: w must be a float32, .* got torch.int64$"):
         adaround_start(torch.arange(3), scale, zero_point, -8, 7)
 
 

@@ -176,8 +176,14 @@ BACK_ERRORS = (
     ErrorCase(
         "dtype",
         TypeError,
-        "dequantize: dtype must be float32, float16, bfloat16 or float64, got torch.int8",
+        "dequantize: dtype must be torch.float32, torch.float16, torch.bfloat16 or torch.float64, got torch.int8",
         {"dtype": torch.int8},
+    ),
+    ErrorCase(
+        "dtype_by_name",
+        TypeError,
+        "dequantize: dtype must be torch.float32, torch.float16, torch.bfloat16 or torch.float64, got 'float32'",
+        {"dtype": "float32"},
     ),
     ErrorCase(
         "double",

@@ -240,7 +240,7 @@ def test_the_search_keeps_the_range_where_no_error_is_finite():
     )
     assert lo.tolist() == [-3, -1.5]
     assert hi.tolist() == [3, 1.5]
-    with pytest.raises(ValueError, match="lp_error: p must be above 0 and at most 16, got 20"):
+    with pytest.raises(ValueError, match="lp_search: p must be above 0 and at most 16, got 20"):
         ranges.lp_search(x, 4, 20, signed=True, include_zero=True)
 
 

@@ -10,15 +10,18 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zsq_ext.core.steps import Diverged
 from zsq_ext.ops import fake_quant_minmax
 from zsq_ext.quant import modules, ranges
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import ACTIVATION_RANGES, QConfig
 from zsq_ext.quant.modules import (
     ActivationQuantizer,
+    RangeTrace,
     WeightQuantizer,
     activation_quantizers,
     calibrating,
+    weight_range,
 )
 from zsq_ext.quant.prepare import plan, prepare, weights_together
 from zsq_ext.quant.ranges import affine_params
@@ -374,7 +377,7 @@ def test_a_range_can_be_set(kind):
     quantizer.set_range(-1.0, 3.0)
     lo, hi = quantizer.range()
     assert (lo.item(), hi.item()) == (pytest.approx(-1), pytest.approx(3))
-    with pytest.raises(ValueError, match=r"set_range: lo must be < hi, got 1.0 and 1.0"):
+    with pytest.raises(ValueError, match=r"set_range: lo must be < hi, both finite, got 1.0 and 1.0"):
         quantizer.set_range(1.0, 1.0)
 
 
@@ -428,6 +431,27 @@ def test_a_bad_batch_is_seen_in_every_later_output(kind, bad):
     quantizer(broken)
     quantizer.observing = False
     assert quantizer(normal(100)).isnan().all()
+
+
+def test_calibration_that_ends_in_a_bad_range_says_where(teacher):
+    student = prepare(teacher, QConfig(4, 4))
+    trace = RangeTrace(student, 2)
+    images = torch.zeros(2, 3, 8, 8)
+    with calibrating(student):
+        for bad in (0.0, float("nan")):
+            images[0, 0, 0, 0] = bad
+            student(images)
+            trace.record()
+    name = activation_quantizers(student)[0].name
+    with pytest.raises(Diverged, match=f"^ranges: the range of '{name}' is not finite after calibration, got "):
+        trace.history()
+
+
+def test_a_weight_that_is_not_finite_has_no_range():
+    weight = torch.ones(3, 4)
+    weight[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="weight_range: weight must be finite, got NaN or infinity in channel 1"):
+        weight_range(weight, 0, 4, "lp")
 
 
 def test_nan_passes_a_calibrated_quantizer():

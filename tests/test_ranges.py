@@ -77,11 +77,15 @@ def test_wrong_shapes_and_types_are_refused():
         ranges.affine_params(torch.zeros(2), torch.ones(3), 4, signed=True, include_zero=True)
     with pytest.raises(TypeError, match="affine_params: lo must be floating point"):
         ranges.affine_params(torch.zeros(2, dtype=torch.int32), torch.ones(2), 4, signed=True, include_zero=True)
+    with pytest.raises(TypeError, match="affine_params: hi must be a tensor, got float"):
+        ranges.affine_params(torch.zeros(1), 1.0, 4, signed=True, include_zero=True)
+    with pytest.raises(TypeError, match="affine_params: signed must be True or False, got 'no'"):
+        ranges.affine_params(torch.zeros(1), torch.ones(1), 4, signed="no", include_zero=True)
     with pytest.raises(TypeError, match="min_max: x must be floating point"):
         ranges.min_max(torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="min_max: x must not be empty"):
         ranges.min_max(torch.zeros(0, 3))
-    with pytest.raises(ValueError, match="min_max: axis must be an axis of x"):
+    with pytest.raises(ValueError, match=r"min_max: axis must be in \[-2, 1\], got 2"):
         ranges.min_max(torch.zeros(2, 3), axis=2)
 
 
@@ -147,8 +151,16 @@ def test_lp_search_shrinks_the_start_it_is_given_and_prefers_the_wide_range():
 
 def test_lp_search_refuses_what_it_cannot_search():
     x = torch.ones(3)
-    with pytest.raises(ValueError, match="lp_search: p must be positive"):
+    with pytest.raises(ValueError, match="lp_search: p must be above 0 and at most 16, got 0"):
         ranges.lp_search(x, 4, 0, signed=True, include_zero=True)
+    with pytest.raises(TypeError, match="lp_search: p must be a number, got '2'"):
+        ranges.lp_search(x, 4, "2", signed=True, include_zero=True)
+    with pytest.raises(ValueError, match=r"lp_search: ratios\[1\] must be positive and finite, got -1"):
+        ranges.lp_search(x, 4, signed=True, include_zero=True, ratios=(1, -1))
+    with pytest.raises(TypeError, match=r"lp_search: ratios\[0\] must be a number, got 'a'"):
+        ranges.lp_search(x, 4, signed=True, include_zero=True, ratios=["a"])
+    with pytest.raises(TypeError, match=r"lp_search: start must be None or a pair \(lo, hi\), got 1"):
+        ranges.lp_search(x, 4, signed=True, include_zero=True, start=1)
     with pytest.raises(ValueError, match="lp_search: ratios must name"):
         ranges.lp_search(x, 4, signed=True, include_zero=True, ratios=())
 
@@ -174,3 +186,16 @@ def test_ema_value_is_the_weighted_mean_of_the_batches(values, beta):
     weights = [beta ** (len(values) - 1 - i) for i in range(len(values))]
     mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
     assert ranges.ema_value(*state, beta)[1].item() == pytest.approx(mean, rel=1e-9, abs=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("lo", "hi"), [("nan", "nan"), ("-inf", "1"), ("-1", "inf"), ("-inf", "inf"), ("nan", "1")])
+def test_a_range_that_is_not_finite_hides_behind_no_code(lo, hi, symmetric):
+    lo, hi = torch.tensor([float(lo), -1.0]), torch.tensor([float(hi), 2.0])
+    grid = ranges.affine_params(lo, hi, 4, signed=True, include_zero=False, symmetric=symmetric)
+    scale, zero_point, *_ = grid
+    assert -16 <= zero_point[0] <= 16  # and nothing that a cast of NaN may give
+    assert not torch.isfinite(scale[0])
+    found = fake_quant(torch.tensor([[0.5, -3.0, 0.0], [0.5, -3.0, 0.0]]), *grid, axis=0)
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()

@@ -144,4 +144,4 @@ def test_interrupted_by_the_keyboard(tmp_path):
     assert "KeyboardInterrupt" in process.stderr
     assert load_tensors(tmp_path / "checkpoint-images-0.safetensors")[1]["step"] == 10
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"config.json", "checkpoint-images-0.safetensors"}
+    assert left == {"config.json", "seconds.json", "checkpoint-images-0.safetensors"}

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import stat
+import time
 
 import pytest
 import torch
@@ -57,7 +58,10 @@ def test_files_have_the_modes_the_user_asked_for(tmp_path):
 
 def test_resume_semantics(tmp_path):
     out = tmp_path / "a" / "b"
-    Run(out, CONFIG, resume=True)  # nothing there yet: it begins
+    with pytest.raises(ValueError, match=r"resume must find a run to go on with, got none: there is no .*/a/b/config"):
+        Run(out, CONFIG, resume=True)
+    assert not out.parent.exists()
+    Run(out, CONFIG)
     assert json.loads((out / "config.json").read_text())["config"]["shape"] == [3, 8, 8]
     with pytest.raises(ValueError, match=r"out must be a new folder unless the run in it is to go on .*, got .*/a/b"):
         Run(out, CONFIG)
@@ -70,7 +74,8 @@ def test_resume_semantics(tmp_path):
 def test_a_folder_with_other_files_is_refused_and_left_as_it_was(tmp_path, resume):
     mine = tmp_path / "model.safetensors"
     mine.write_text("precious")
-    with pytest.raises(ValueError, match=r"out must be a new or empty folder, .* with model.safetensors$"):
+    said = "there is no " if resume else "out must be a new or empty folder, .* with model.safetensors$"
+    with pytest.raises(ValueError, match=said):
         Run(tmp_path, CONFIG, resume=resume)
     assert mine.read_text() == "precious"
     assert not (tmp_path / "config.json").exists()
@@ -105,6 +110,20 @@ def test_an_unreadable_configuration(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"run: out must hold a readable config.json or none, got"):
         Run(tmp_path, CONFIG, resume=True)
+
+
+def test_the_seconds_of_all_calls_add_up(tmp_path):
+    begin = time.perf_counter()
+    run = Run(tmp_path, CONFIG, since=begin - 100)
+    assert 100 <= run.seconds < 160
+    run.save("images", {})
+    time.sleep(0.05)  # kept by nothing
+    again = Run(tmp_path, CONFIG, resume=True, since=time.perf_counter() - 1000)
+    assert 1100 <= again.seconds < 1160
+    again.save("images", {})
+    assert 1100 <= Run(tmp_path, CONFIG, resume=True).seconds < 1160
+    (tmp_path / "seconds.json").write_text("{")
+    assert Run(tmp_path, CONFIG, resume=True).seconds < 60
 
 
 TENSORS = {

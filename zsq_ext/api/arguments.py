@@ -17,6 +17,7 @@ from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.job import Images, hold_out
 from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe
+from zsq_ext.ops import backend
 from zsq_ext.quant.capture import capture
 from zsq_ext.tune.ideas import Idea, merge
 
@@ -100,12 +101,23 @@ def enter(
     if device is not None:
         model = _on(model, device)
     example = example_for(model, spec.shape)
+    reason = backend.refusal(example.device.type, torch.float32)
+    if reason is not None:
+        raise NotImplementedError(f"quantize: backend must be one that runs here, got {backend.choice()!r}: {reason}")
     teacher = capture(model, example)
     classes = int(teacher(example).shape[1])
     if wanted is not None and wanted != classes:
         raise ValueError(f"quantize: num_classes must be the model's {classes} outputs, got {wanted}")
     teacher = teacher.to(device=example.device, memory_format=torch.channels_last)
     return teacher, replace(spec, num_classes=classes)
+
+
+def untrained(model: nn.Module) -> bool:
+    """Whether every batch norm holds the statistics that it began with, as none does that has seen an image."""
+    buffers = dict(model.named_buffers())
+    means = [t for name, t in buffers.items() if name.endswith("running_mean")]
+    variances = [t for name, t in buffers.items() if name.endswith("running_var")]
+    return bool(means) and not any(bool(t.any()) for t in means) and all(bool((t == 1).all()) for t in variances)
 
 
 def _spec(input_shape: Sequence[int] | None, input_spec: InputSpec | None) -> InputSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from zsq_ext.api.arguments import (
     replaced,
     settings_of,
     speaking_as,
+    untrained,
 )
 from zsq_ext.api.result import Result, evaluate
 from zsq_ext.core.progress import Progress
@@ -86,7 +87,7 @@ def quantize(
         seed: of every random stream of the run.
         device: where to work; the model's device if left out.
         out: a folder for checkpoints, images, the model and the report; None keeps nothing on disk.
-        resume: continue the run that ``out`` holds.
+        resume: continue the run that ``out`` holds; it must hold one.
         progress: where to report; a bar or plain lines on standard error if left out.
 
     Returns:
@@ -94,7 +95,7 @@ def quantize(
 
     Raises:
         ValueError: an argument is out of its range or does not fit the model, naming it.
-        NotImplementedError: the model cannot be captured, naming the module.
+        NotImplementedError: the model cannot be captured, naming the module; or a forced backend is not here.
         Diverged: a loss stopped being finite, with the step, the term and what to try.
 
     Example:
@@ -123,7 +124,9 @@ def quantize(
         check_test(test, spec)
         names = _names(chosen, method, preset, profile, config)
         evaluator = None if test is None else _Evaluator(test)
-        job = _job(teacher, spec, qconfig, settings, names, seed, out, resume, progress or Progress(), given, evaluator)
+        run = _run(teacher, spec, qconfig, settings, names, seed, given, out=out, resume=resume, since=begin)
+        job = Job(run, teacher, spec, qconfig, seed, progress or Progress(), evaluator, given)
+    _warn(job, model)
     outcome = settings.run(job)
     unseen = len(outcome.images.held_out) > 0
     judges = outcome.images.held_out if unseen else outcome.images.images[:256]
@@ -139,7 +142,7 @@ def quantize(
         config=job.run.config,
         histories=outcome.histories,
         evaluations=_evaluations(evaluator, outcome),
-        seconds=time.perf_counter() - begin,
+        seconds=job.run.seconds,
         measure_teacher=None if test is None else lambda: evaluate(teacher, test()),
     )
     _keep(job.run, result, outcome.images)
@@ -167,17 +170,25 @@ def synthesize(
     Returns:
         The images and labels, the part for tuning and the part held out.
     """
+    begin = time.perf_counter()
     with speaking_as("synthesize"):
         chosen = methods.get(method)
         settings = settings_of(chosen, preset, profile, None, (), config)
         teacher, spec = enter(model, input_shape, input_spec, num_classes, device)
         settings.images.check(teacher, spec)
         names = _names(chosen, method, preset, profile, config)
-        # images do not depend on the bits; any configuration stands for all
-        job = _job(teacher, spec, QConfig(8, 8), settings, names, seed, out, resume, progress or Progress())
+        qconfig = QConfig(8, 8)  # images do not depend on the bits; any configuration stands for all
+        run = _run(teacher, spec, qconfig, settings, names, seed, None, out=out, resume=resume, since=begin)
+        job = Job(run, teacher, spec, qconfig, seed, progress or Progress())
+    _warn(job, model)
     made = settings.images.make(job)
     job.run.save("images", made.tensors(), {"spec": spec.to_dict()})
     return made
+
+
+def _warn(job: Job, model: nn.Module) -> None:
+    if untrained(model):
+        job.progress.say("warning: the model's batch norms have seen no image: were its trained weights loaded?")
 
 
 def _names(
@@ -189,20 +200,17 @@ def _names(
     return {"method": method, "preset": preset, "profile": profile or chosen.profiles[0]}
 
 
-def _job(
+def _run(
     teacher: fx.GraphModule,
     spec: InputSpec,
     qconfig: QConfig,
     settings: Recipe,
     names: Mapping[str, str | None],
     seed: int,
-    out: str | os.PathLike[str] | None,
-    resume: bool,
-    progress: Progress,
-    given: Images | None = None,
-    evaluate: Callable[[fx.GraphModule], dict[str, Any]] | None = None,
-) -> Job:
-    """The job, with a run folder that belongs to exactly this configuration."""
+    given: Images | None,
+    **where: Any,
+) -> Run:
+    """A run whose folder belongs to exactly this configuration; `where` is what ``Run`` takes besides."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"quantize: seed must be an integer, got {seed!r}")
     decided_by = {
@@ -215,8 +223,7 @@ def _job(
         "model": fingerprint(teacher.state_dict()),
         "images": None if given is None else _fingerprint_of(given),
     }
-    run = Run(out, decided_by, resume=resume)
-    return Job(run, teacher, spec, qconfig, seed, progress, evaluate, given)
+    return Run(config=decided_by, **where)
 
 
 def _fingerprint_of(given: Images) -> str:

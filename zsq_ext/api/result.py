@@ -40,7 +40,7 @@ class Result:
             batch, [{"step": n, "lo": [...], "hi": [...]}] with one value per site.
         evaluations: [{"epoch": n, "top1": percent}] on the test data of this call, if any; epoch 0 is a network that
             was not tuned at all.
-        seconds: wall time of this call; a resumed run counts from where it was resumed.
+        seconds: wall time, of a resumed run that of all its calls as far as their work was kept.
     """
 
     model: fx.GraphModule
@@ -104,6 +104,10 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
         TypeError: a batch is not a pair of tensors.
         ValueError: there is no image, or a batch does not have one label per image.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"evaluate: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"evaluate: batches must give pairs of tensors (images, labels), got {type(batches).__name__}")
     parameter = next(iter(model.parameters()), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     right = total = 0
@@ -141,6 +145,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     Raises:
         ValueError: the file is missing, truncated, foreign, of a newer format, or of another architecture.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load: model must be a torch.nn.Module, got {type(model).__name__}")
     tensors, info = load_tensors(path)
     if info.get("format") != FORMAT:
         raise ValueError(f"load: {path} must be a quantized model of zsq_ext, got {_what(tensors, info)}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 KEYS = ("op", "case", "dtype", "device", "backend", "pass")
+TIMES = ("ms", "ms_p10", "ms_p90")
 # What must be equal for times to mean anything beside each other.
 MACHINE = ("cpu", "cores", "threads", "torch", "gpu")
 
@@ -54,12 +55,21 @@ def check(result: Any, suite: str) -> None:
     """Refuses what is no result of that suite.
 
     Raises:
-        ValueError: it is none, or of another suite.
+        ValueError: it is none, or of another suite, or its rows have no names or no times.
     """
     if not isinstance(result, dict) or not {"suite", "rows", "environment"} <= result.keys():
         raise ValueError("compare: old must be what zsq bench --json wrote, with suite, environment and rows")
     if result["suite"] != suite:
         raise ValueError(f"compare: old must be of the suite {suite!r}, got {result['suite']!r}")
+    for name, kind, called in (("rows", list, "a list"), ("environment", dict, "names and values")):
+        if not isinstance(result[name], kind):
+            raise ValueError(f"compare: old must hold {name} as {called}, got {type(result[name]).__name__}")
+    for n, row in enumerate(result["rows"]):
+        for key, kinds in (*((key, str) for key in KEYS), *((key, int | float) for key in TIMES)):
+            value = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(value, kinds):
+                what = "a name" if kinds is str else "a time"
+                raise ValueError(f"compare: old must have {what} as {key} in every row, got {value!r} in row {n}")
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:

@@ -35,23 +35,33 @@ FAMILIES = {
     "heads": heads.subjects,
 }
 
+# The ops of the families that are called otherwise than these.
+OPS = {
+    "fake_quant": ("fake_quant_lsq",),
+    "codes_and_ranges": ("quantize", "dequantize", "channel_range"),
+    "image": ("view_images", "resize_crops", "low_pass"),
+    "heads": ("distill_head", "cam_map", "count_active"),
+}
+
 
 def rows(
     progress: Progress, *, only: str | None = None, inductor: bool = False, seconds: float | None = None
 ) -> list[dict[str, Any]]:
-    """All families, or one.
+    """All families, one, or one op.
 
     Args:
         progress: where to report.
-        only: a family's name.
+        only: a family's name, or an op's.
         inductor: also time what torch.compile makes of the eager peer; each takes seconds to compile.
         seconds: about how long each subject is timed, its peers included.
 
     Raises:
-        ValueError: no family has that name, or seconds is negative or not finite.
+        ValueError: no family and no op has that name, or seconds is negative or not finite.
     """
-    if only is not None and only not in FAMILIES:
-        raise ValueError(f"bench: only must be one of {', '.join(FAMILIES)}, got {only!r}")
+    family_of = {op: family for family, ops in OPS.items() for op in ops}
+    if only is not None and only not in (*FAMILIES, *family_of):
+        names = f"{', '.join(FAMILIES)}, or an op of theirs, {', '.join(family_of)}"
+        raise ValueError(f"bench: only must be one of {names}, got {only!r}")
     seconds = timing.SECONDS if seconds is None else seconds
     if not 0 <= seconds < math.inf:
         raise ValueError(f"bench: seconds must be at least 0 and finite, got {seconds}")
@@ -61,6 +71,8 @@ def rows(
         for name, family in FAMILIES.items():
             if only in (None, name):
                 subjects += family(device)
+            elif name == family_of.get(only):
+                subjects += (subject for subject in family(device) if subject.op == only)
     found = []
     with progress.stage("families", len(subjects)) as stage:
         for subject in subjects:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +16,13 @@ Json = Annotated[
     Path | None, typer.Option("--json", allow_dash=True, help="Also write the result to this file; - prints only that.")
 ]
 
+_WIDEST = 10_000
+
 _ON_STOP = "zsq.on_stop"
 
 
-def on_stop(context: typer.Context, words: str) -> None:
-    """What Ctrl-C says from now on, such as how to go on."""
+def on_stop(context: typer.Context, words: Callable[[], str]) -> None:
+    """What Ctrl-C says from now on, such as how to go on; asked when it happens."""
     context.meta[_ON_STOP] = words
 
 
@@ -30,7 +33,8 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo(f"zsq: {ctx.meta.get(_ON_STOP, 'stopped')}", err=True)
+            words = ctx.meta.get(_ON_STOP, lambda: "stopped")
+            typer.echo(f"zsq: {words()}", err=True)
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of a pipe left; that is not an error
             raise
@@ -61,9 +65,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = 
         drawn.add_column(name, justify="right" if numeric and n else "left")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))  # as Text, brackets in a cell are no markup
-    # A pipe has no width, and nobody wants its lines cut at 80.
+    # A pipe has no width: its lines are whole, however long, for whoever reads them by line and column.
     console = Console()
-    Console(width=console.width if console.is_terminal else 200).print(drawn)
+    Console(width=console.width if console.is_terminal else _WIDEST).print(drawn)
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Refuses a file that cannot be written, before any work is done for it; its folder is made if missing.
+
+    Raises:
+        ValueError: it cannot, naming the option.
+    """
+    if path is None or str(path) == "-":
+        return
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.open("ab").close()
+        else:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+    except OSError as error:
+        raise ValueError(f"{option} must be a file that can be written, got {path}: {error}") from error
 
 
 def to_stdout(json: Path | None) -> bool:
@@ -81,8 +106,5 @@ def write_json(json: Path | None, value: Any) -> None:
     if to_stdout(json):
         typer.echo(text, nl=False)
     else:
-        try:
-            json.parent.mkdir(parents=True, exist_ok=True)
-            json.write_text(text)
-        except OSError as error:
-            raise ValueError(f"--json must be a file that can be written, got {json}: {error}") from error
+        check_writable("--json", json)
+        json.write_text(text)

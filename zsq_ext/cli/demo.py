@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from zsq_ext.cli.common import Json, Quiet, on_stop, table, to_stdout, write_json
+from zsq_ext.cli.common import Json, Quiet, check_writable, on_stop, table, to_stdout, write_json
 
 
 def demo(
@@ -22,7 +22,8 @@ def demo(
     from zsq_ext.bench import demo as engine
     from zsq_ext.core.progress import Progress
 
-    on_stop(ctx, "stopped; the demo begins anew next time")
+    check_writable("--json", json)
+    on_stop(ctx, lambda: "stopped; the demo begins anew next time")
     shown = engine.demo(Progress(quiet=quiet), out, test_images=test_images, seed=seed)
     write_json(json, shown.to_dict())
     if to_stdout(json):

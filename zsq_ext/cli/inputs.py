@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -314,6 +316,22 @@ def _numbers(text: str, option: str, kind: type) -> tuple[Any, ...]:
         raise ValueError(f"{option} must be numbers such as {example}, got {text!r}") from None
 
 
+@contextmanager
+def _users_code(path: Path) -> Iterator[None]:
+    """An error in the user's own file is one line that says where in it; `zsq --debug` shows the traceback."""
+    try:
+        yield
+    except Exception as error:  # whatever the user's code raises
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+        at = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = path if at is None else f"line {at} of {path}"
+        raise ValueError(
+            f"--model must name a function that runs, got {type(error).__name__} in {where}: {error} "
+            "(zsq --debug shows all of it)"
+        ) from error
+
+
 def _from_file(path: Path, function: str) -> nn.Module:
     """What a function in the user's own file builds; the file is run, as it would be by importing it."""
     if not path.is_file():
@@ -322,11 +340,13 @@ def _from_file(path: Path, function: str) -> nn.Module:
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"--model must name a Python file, got {path}")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    with _users_code(path):
+        module_spec.loader.exec_module(module)
     build = getattr(module, function, None)
     if not callable(build):
         raise ValueError(f"--model must name a function of {path}, got {function!r}")
-    model = build()
+    with _users_code(path):
+        model = build()
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model must name a function that returns a torch.nn.Module, got {type(model).__name__}")
     return model

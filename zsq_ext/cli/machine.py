@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zsq_ext.cli.common import Json, Quiet, table, to_stdout, write_json
+from zsq_ext.cli.common import Json, Quiet, check_writable, table, to_stdout, write_json
 
 
 def ops(json: Json = None) -> None:
@@ -47,7 +47,7 @@ def env(json: Json = None) -> None:
 def bench(
     suite: Annotated[str, typer.Option(help="families, the ops; or steps, one step of each engine.")] = "families",
     only: Annotated[
-        str | None, typer.Option(help="One family of ops, such as fake_quant; a wrong name lists them.")
+        str | None, typer.Option(help="One family of ops, such as heads, or one op; a wrong name lists them.")
     ] = None,
     inductor: Annotated[bool, typer.Option("--inductor", help="Also time torch.compile of the eager peers.")] = False,
     seconds: Annotated[
@@ -68,6 +68,8 @@ def bench(
 
     if plot is not None and (plot.suffix != ".svg" or plot.is_dir()):
         raise ValueError(f"--plot must name an .svg file, got {plot}")
+    check_writable("--json", json)
+    check_writable("--plot", plot)
     before = None if compare is None else _result(compare)
     if before is not None:
         comparing.check(before, suite)
@@ -75,7 +77,6 @@ def bench(
     compared = None if before is None else comparing.compare(before, result)
     write_json(json, result)
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         plot.write_text(roofline.draw(result, "cuda" if result["environment"]["gpu"] else "cpu"))
     if to_stdout(json):
         return

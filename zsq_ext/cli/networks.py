@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zsq_ext.cli.common import Json, Quiet, on_stop, table, to_stdout, write_json
+from zsq_ext.cli.common import Json, Quiet, check_writable, on_stop, table, to_stdout, write_json
 
 if TYPE_CHECKING:
     from zsq_ext.api import Result
@@ -74,6 +74,7 @@ def quantize(
     from zsq_ext.cli import inputs
     from zsq_ext.core.progress import Progress
 
+    check_writable("--json", json)
     progress = Progress(quiet=quiet)
     if test_images is not None and data is None:
         raise ValueError(f"--test-images must come with --data, got {test_images} alone")
@@ -143,6 +144,7 @@ def synthesize(
     from zsq_ext.report import pictures
     from zsq_ext.report.png import encode
 
+    check_writable("--json", json)
     network = inputs.network(
         model, weights=weights, input_shape=input_shape, mean=mean, std=std, num_classes=num_classes
     )
@@ -192,6 +194,7 @@ def evaluate(
     from zsq_ext.cli import inputs
     from zsq_ext.core.progress import Progress
 
+    check_writable("--json", json)
     progress, place = Progress(quiet=quiet), inputs.device(device)
     tested = inputs.data_set(data, progress, test_images)
     # a quantized file holds all values, so the architecture is enough for it
@@ -215,7 +218,14 @@ def evaluate(
 
 
 def _resumable(ctx: typer.Context, folder: Path) -> None:
-    on_stop(ctx, f"stopped; the same command with --resume goes on from where {folder} stands")
+    from zsq_ext.core.run import CONFIG
+
+    def words() -> str:
+        if not (folder / CONFIG).exists():
+            return "stopped before the run began; nothing was kept"
+        return f"stopped; the same command with --resume goes on from where {folder} stands"
+
+    on_stop(ctx, words)
 
 
 def _facts(name: str, result: Result, folder: Path, tested: Any) -> dict[str, Any]:

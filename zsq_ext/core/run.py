@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 CONFIG = "config.json"
+SECONDS = "seconds.json"
 
 CHECKPOINT_SECONDS = 15.0
 """The least time between two checkpoints of a stage; the environment variable ZSQ_CHECKPOINT_SECONDS overrides it."""
@@ -29,13 +31,14 @@ class Run:
     Args:
         out: the folder, made if missing; None keeps nothing (and nothing can be resumed then).
         config: everything that decides the result, as JSON values. A folder belongs to one configuration.
-        resume: continue what the folder holds. Without it the folder must not hold a run.
+        resume: continue the run that the folder holds. Without it the folder must not hold one.
         checkpoint_seconds: the least time between two checkpoints of a stage; None takes ``ZSQ_CHECKPOINT_SECONDS``
             from the environment, or 15.
+        since: when this call's clock began, by ``time.perf_counter``; now if left out.
 
     Raises:
-        ValueError: the folder cannot be written, holds files but no run, holds a run and ``resume`` is off, or holds
-            the run of another configuration (naming what differs).
+        ValueError: the folder cannot be written, holds files but no run, holds a run and ``resume`` is off, holds none
+            and it is on, or holds the run of another configuration (naming what differs).
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class Run:
         *,
         resume: bool = False,
         checkpoint_seconds: float | None = None,
+        since: float | None = None,
     ) -> None:
+        self._since, self._before = time.perf_counter() if since is None else since, 0.0
         self.config = json.loads(json.dumps(config, sort_keys=True))
         self.digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
         self.checkpoint_seconds = _seconds_of_environment() if checkpoint_seconds is None else checkpoint_seconds
@@ -54,15 +59,18 @@ class Run:
             if resume:
                 raise ValueError("run: resume needs an out folder, got out=None")
             return
+        held = self.folder / CONFIG
+        if resume and not held.exists():
+            raise ValueError(f"run: resume must find a run to go on with, got none: there is no {held}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
             raise ValueError(f"run: out must be a folder that can be written, got {self.folder}: {error}") from error
-        held = self.folder / CONFIG
         if held.exists():
             self._check_same(held, resume)
+            self._before = self._seconds_before()
         else:
             self._check_empty()
             self.write_json(CONFIG, {"digest": self.digest, "config": self.config})
@@ -93,6 +101,18 @@ class Run:
                 f"got {self.folder}"
             )
 
+    @property
+    def seconds(self) -> float:
+        """The time this run took so far: of this call, and of those before it as far as their work was kept."""
+        return self._before + time.perf_counter() - self._since
+
+    def _seconds_before(self) -> float:
+        try:
+            found = float(json.loads((self.folder or Path()).joinpath(SECONDS).read_text())["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0  # of a run that was killed before it kept anything
+        return found if math.isfinite(found) else 0.0
+
     def path(self, name: str) -> Path | None:
         """The path of a file in the folder, or None without a folder."""
         return None if self.folder is None else self.folder / name
@@ -107,6 +127,7 @@ class Run:
         """Writes ``<name>.safetensors`` with ``info`` in its header; nothing without a folder."""
         if self.folder is not None:
             save_tensors(self.folder / f"{name}.safetensors", tensors, {"digest": self.digest, **(info or {})})
+            self.write_json(SECONDS, {"seconds": self.seconds})
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What ``save`` wrote under that name, or None if there is nothing.

@@ -46,7 +46,7 @@ def get(name: str) -> Method:
     Raises:
         ValueError: there is none.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops import backend, reference
+from zsq_ext.ops import check as checks
 from zsq_ext.ops.layout import COMPUTE, empty_rows
 from zsq_ext.ops.once import differentiable_once
 
@@ -97,72 +98,29 @@ def _quarters(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return [list(tensors[k * n : (k + 1) * n]) for k in range(4)]
 
 
-def _check_axis(v: Tensor, axis: int | None) -> int:
-    """How many channels there are."""
-    if axis is None:
-        return 1
-    dims = v.dim()
-    if not -dims <= axis < dims:
-        rule = f"in [{-dims}, {dims - 1}]" if dims else "None for 0-d v"
-        raise ValueError(f"adaround: axis must be {rule}, got {axis}")
-    return v.size(axis)
-
-
 def _check_grid(
-    v: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None, at: str = "", of: str = "v"
+    op: str, name: str, v: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, at: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """scale and zero_point, contiguous and of one length. `at` says which of several, `of` what v is called."""
-    if not isinstance(v, Tensor) or v.dtype not in COMPUTE:
-        got = v.dtype if isinstance(v, Tensor) else type(v).__name__
-        raise TypeError(f"adaround: {of}{at} must be a float32, float16, bfloat16 or float64 tensor, got {got}")
-    if not -_CODE_LIMIT <= qmin <= qmax <= _CODE_LIMIT:
-        raise ValueError(f"adaround: qmin{at} must be <= qmax, both within {_CODE_LIMIT} of 0, got {qmin} and {qmax}")
-    channels = _check_axis(v, axis)
-    for name, t, dtype in (("scale", scale, COMPUTE[v.dtype]), ("zero_point", zero_point, torch.int32)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"adaround: {name}{at} must be a tensor, got {type(t).__name__}")
-        if t.dtype is not dtype:
-            raise TypeError(f"adaround: {name}{at} must be {dtype} for {v.dtype} {of}, got {t.dtype}")
-        if t.dim() != 1 or t.size(0) not in (1, channels):
-            shapes = "(1,)" if axis is None else f"(1,) or ({channels},)"
-            raise ValueError(f"adaround: {name}{at} must have shape {shapes}, got {tuple(t.shape)}")
-        if t.device != v.device:
-            raise ValueError(f"adaround: {name}{at} must be on {v.device}, got {t.device}")
-    if scale.size(0) != zero_point.size(0):
-        scale, zero_point = scale.expand(channels), zero_point.expand(channels)
-    return scale.contiguous(), zero_point.contiguous()
+    """scale and zero_point, contiguous and of one length. `name` is what v is called."""
+    dim = checks.dimension(op, f"{name}{at}", v, axis, of=f" for {name}{at}" if at else "")
+    called = name, "scale", "zero_point"
+    return checks.grid(op, v, scale, zero_point, dim, v.dtype, at, called=called, groups=False)
 
 
-def _check_base(v: Tensor, base: Tensor, at: str) -> None:
-    if not isinstance(base, Tensor):
-        raise TypeError(f"adaround: base{at} must be a tensor, got {type(base).__name__}")
-    if base.dtype is not torch.int16:
-        raise TypeError(f"adaround: base{at} must be torch.int16, got {base.dtype}")
-    if base.shape != v.shape:
-        raise ValueError(f"adaround: base{at} must have v's shape {tuple(v.shape)}, got {tuple(base.shape)}")
-    if base.device != v.device:
-        raise ValueError(f"adaround: base{at} must be on {v.device}, got {base.device}")
-
-
-def _check_beta(beta: float | Tensor | None, v: Tensor, hard: bool) -> Tensor | None:
+def _check_beta(op: str, beta: float | Tensor | None, v: Tensor, hard: bool) -> Tensor | None:
     """beta as a 0-d tensor."""
+    checks.flag(op, "hard", hard)
     if beta is None:
         return None
     if hard:
-        raise ValueError(f"adaround: beta must be None for hard rounding, got {beta}")
+        raise ValueError(f"{op}: beta must be None for hard rounding, got {checks.shown(beta)}")
     dtype = COMPUTE[v.dtype]
     if isinstance(beta, Tensor):
-        if beta.dtype is not dtype:
-            raise TypeError(f"adaround: beta must be {dtype} for {v.dtype} v, got {beta.dtype}")
-        if beta.dim() != 0:
-            raise ValueError(f"adaround: beta must have shape (), got {tuple(beta.shape)}")
-        if beta.device != v.device:
-            raise ValueError(f"adaround: beta must be on {v.device}, got {beta.device}")
+        checks.beside(op, "beta", beta, dtype, (), v.device, of=f" for {v.dtype} v")
         return beta.detach()
-    if not isinstance(beta, int | float):
-        raise TypeError(f"adaround: beta must be a number or a tensor, got {type(beta).__name__}")
+    checks.number(op, "beta", beta, rule="None, a number or a tensor")
     if not 1 <= beta < math.inf:
-        raise ValueError(f"adaround: beta must be >= 1 and finite, got {beta}")
+        raise ValueError(f"{op}: beta must be >= 1 and finite, got {beta}")
     return torch.full((), beta, dtype=dtype, device=v.device)
 
 
@@ -194,10 +152,10 @@ def adaround_start(
         >>> base, adaround(v, base, scale, zero_point, 0, 15)
         (tensor([[9, 6]], dtype=torch.int16), tensor([[ 0.3000, -0.4000]]))
     """
-    scale, zero_point = _check_grid(w, scale, zero_point, qmin, qmax, axis, of="w")
-    for channel, value in enumerate(scale.tolist()):
-        if not 0 < value < math.inf:
-            raise ValueError(f"adaround: scale must be positive and finite, got {value} in channel {channel}")
+    checks.compute_dtype("adaround_start", "w", w)
+    checks.code_range("adaround_start", qmin, qmax, limit=_CODE_LIMIT)
+    scale, zero_point = _check_grid("adaround_start", "w", w, scale, zero_point, axis)
+    checks.positive("adaround_start", scale)
     shape = [1] * w.dim()
     if axis is not None:
         shape[axis] = scale.numel()
@@ -269,7 +227,9 @@ def adaround(
     Source: M. Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (arXiv 2004.10568), with
     zeta = 1.1 and gamma = -0.1; learning the step beside it is Y. Jeon et al., Genie (arXiv 2212.04780).
     """
-    found, reg = _adaround([v], [base], [scale], [zero_point], [qmin], [qmax], axis, beta, hard, [""])
+    checks.compute_dtype("adaround", "v", v)
+    checks.code_range("adaround", qmin, qmax, limit=_CODE_LIMIT)
+    found, reg = _adaround("adaround", [v], [base], [scale], [zero_point], [qmin], [qmax], axis, beta, hard)
     return found[0] if reg is None else (found[0], reg)
 
 
@@ -304,20 +264,20 @@ def adaround_many(
         >>> adaround_many(v, base, scale, zero_point, -8, [7, 1])
         [tensor([[1.5000, 1.5000]]), tensor([1., 1., 1.])]
     """
+    op = "adaround_many"
+    checks.tensors(op, "v", v)
     n = len(v)
     if n == 0:
-        raise ValueError("adaround: v must hold at least one tensor, got 0")
-    qmin, qmax = ([q] * n if isinstance(q, int) else q for q in (qmin, qmax))
-    args = {"base": base, "scale": scale, "zero_point": zero_point, "qmin": qmin, "qmax": qmax}
-    for name, values in args.items():
-        if len(values) != n:
-            raise ValueError(f"adaround: {name} must be as many as v, {n}, got {len(values)}")
-    lists = list(v), list(base), list(scale), list(zero_point), list(qmin), list(qmax)
-    found, reg = _adaround(*lists, axis, beta, hard, [f"[{i}]" for i in range(n)])
+        raise ValueError(f"{op}: v must hold at least one tensor, got 0")
+    for name, values in (("base", base), ("scale", scale), ("zero_point", zero_point)):
+        checks.several(op, name, values, n)
+    lows, highs = checks.code_ranges(op, qmin, qmax, n, _CODE_LIMIT)
+    found, reg = _adaround(op, list(v), list(base), list(scale), list(zero_point), lows, highs, axis, beta, hard)
     return found if reg is None else (found, reg)
 
 
 def _adaround(
+    op: str,
     v: list[Tensor],
     base: list[Tensor],
     scale: list[Tensor],
@@ -327,16 +287,13 @@ def _adaround(
     axis: int | None,
     beta: float | Tensor | None,
     hard: bool,
-    at: list[str],
 ) -> tuple[list[Tensor], Tensor | None]:
-    """All of it, behind the two public forms. `at` names each weight in errors."""
-    for i, where in enumerate(at):
-        scale[i], zero_point[i] = _check_grid(v[i], scale[i], zero_point[i], qmin[i], qmax[i], axis, where)
-        _check_base(v[i], base[i], where)
-        for name in ("dtype", "device"):
-            if getattr(v[i], name) != getattr(v[0], name):
-                raise ValueError(f"adaround: v{where} must have the {name} of v[0], got {getattr(v[i], name)}")
-    beta = _check_beta(beta, v[0], hard)
+    """All of it, behind the two public forms, of which `op` is one."""
+    for i, v_ in enumerate(v):
+        at = "" if op == "adaround" else f"[{i}]"
+        scale[i], zero_point[i] = _check_grid(op, "v", v_, scale[i], zero_point[i], axis, at)
+        checks.beside(op, "base", base[i], torch.int16, v_.shape, v_.device, at, called="v's shape")
+    beta = _check_beta(op, beta, v[0], hard)
     if torch.is_grad_enabled() and not hard and any(t.requires_grad for t in (*v, *scale)):
         out = _AdaRound.apply(qmin, qmax, axis, beta, *v, *base, *scale, *zero_point)
         return list(out[: len(v)]), None if beta is None else out[-1]

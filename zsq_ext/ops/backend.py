@@ -94,6 +94,11 @@ def backends() -> dict[str, str | None]:
     return {name: missing(name) for name in NAMES}
 
 
+def refusal(device: str, dtype: torch.dtype) -> str | None:
+    """Why the backend in force, if one is forced, runs nothing on such tensors here; None where it does."""
+    return None if _choice == "auto" else missing(_choice) or module(_choice).refuses(device, dtype)
+
+
 def reason_against(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     """Why backend `name` does not run `op` on such tensors, or None where it does."""
     reason = missing(name)

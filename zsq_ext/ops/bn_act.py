@@ -1,6 +1,5 @@
 """Batch norm in eval mode, residual, activation, quantizer and the statistics of what entered, in one pass each way."""
 
-import math
 from typing import Any
 
 import torch
@@ -122,10 +121,10 @@ def _check_residual(residual: Tensor | None, u: Tensor) -> None:
 
 
 def _checked_quant(quant: tuple[Tensor, Tensor, int, int] | None, grad: str, u: Tensor) -> Quant | None:
-    if grad not in QUANT_GRADS:
+    if not isinstance(grad, str) or grad not in QUANT_GRADS:
         raise ValueError(
-            f"bn_act: quant_grad must be one of {', '.join(QUANT_GRADS)}, got {grad!r}; a step that learns (lsq) "
-            "needs fake_quant behind bn_act"
+            f"bn_act: quant_grad must be one of {', '.join(QUANT_GRADS)}, got {checks.shown(grad)}; a step that learns "
+            "(lsq) needs fake_quant behind bn_act"
         )
     if quant is None:
         return None
@@ -133,8 +132,9 @@ def _checked_quant(quant: tuple[Tensor, Tensor, int, int] | None, grad: str, u: 
         got = f"{len(quant)} values" if isinstance(quant, tuple) else type(quant).__name__
         raise TypeError(f"bn_act: quant must be None or a tuple (scale, zero_point, qmin, qmax), got {got}")
     scale, zero_point, qmin, qmax = quant
-    checks.code_range("bn_act", qmin, qmax)
-    scale, zero_point, _ = checks.grid("bn_act", "u", u, scale, zero_point, 1, u.dtype, learned=False)
+    checks.code_range("bn_act", qmin, qmax, names=("quant's qmin", "quant's qmax"))
+    called = "u", "quant's scale", "quant's zero_point"
+    scale, zero_point = checks.grid("bn_act", u, scale, zero_point, 1, u.dtype, called=called)
     return Quant(scale.detach(), zero_point, qmin, qmax, grad == "ste_clip")
 
 
@@ -206,12 +206,10 @@ def bn_act(
         (tensor([ 0., -4.]), tensor([1., 2.]))
     """
     check_input("bn_act", u)
-    if act not in ACTS:
-        raise ValueError(f"bn_act: act must be one of {', '.join(ACTS)}, got {act!r}")
-    if stats is not None and stats not in STATS:
-        raise ValueError(f"bn_act: stats must be None or one of {', '.join(STATS)}, got {stats!r}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"bn_act: eps must be >= 0 and finite, got {eps}")
+    checks.one_of("bn_act", "act", act, ACTS)
+    if stats is not None:
+        checks.one_of("bn_act", "stats", stats, STATS, rule="None or one of")
+    checks.epsilon("bn_act", eps)
     _check_residual(residual, u)
     if mean is None or var is None:
         raise TypeError(f"bn_act: {'mean' if mean is None else 'var'} must be a tensor, got NoneType")

@@ -102,8 +102,7 @@ def channel_sums(u: Tensor, mean: Tensor, stats: str = "batch") -> tuple[Tensor,
         (tensor([ 2., -2.]), tensor([ 4., 20.]))
     """
     check_input("channel_sums", u)
-    if stats not in STATS:
-        raise ValueError(f"channel_sums: stats must be one of {', '.join(STATS)}, got {stats!r}")
+    checks.one_of("channel_sums", "stats", stats, STATS)
     if mean is None:
         raise TypeError("channel_sums: mean must be a tensor, got NoneType")
     (mean,) = check_channels("channel_sums", u, mean=mean)
@@ -128,21 +127,21 @@ def statistics_of(s1: Tensor, s2: Tensor, count: int | Tensor, mean: Tensor) -> 
         (data_mean, data_var), shaped like the sums, differentiable.
 
     Raises:
-        ValueError: count is not positive.
+        TypeError: a type or dtype is not as above.
+        ValueError: a shape or device is not as above, or count is not positive.
 
     Example:
         >>> mean = torch.tensor([1.0, 3.0])
         >>> statistics_of(*channel_sums(torch.tensor([[1.0, -1.0], [3.0, 5.0]]), mean), 2, mean)
         (tensor([2., 2.]), tensor([1., 9.]))
     """
-    if not isinstance(count, Tensor) and not count > 0:
-        raise ValueError(f"statistics_of: count must be > 0, got {count}")
+    checks.sums("statistics_of", s1, s2, count, mean=mean)
     shift = s1 / count
     return mean + shift, (s2 / count - shift.square()).clamp_min(0)
 
 
 def channel_energy(
-    s1: Tensor, s2: Tensor, count: int, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+    s1: Tensor, s2: Tensor, count: int | Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> Tensor:
     """The mean square of what a batch norm yields, from the sums over what enters it: no second read.
 
@@ -150,22 +149,23 @@ def channel_energy(
 
     Args:
         s1, s2: sums of `bn_act` or `channel_sums`, shifted by the batch norm's own mean; (C,), or (N, C) per sample.
-        count: how many values of a channel were added up, > 0.
+        count: how many values of a channel were added up, as for `statistics_of`.
         var, gamma, beta, eps: as for `bn_act`.
 
     Returns:
         The energies, shaped like the sums; differentiable in the sums, gamma and beta.
 
     Raises:
-        ValueError: count is not positive.
+        TypeError: a type or dtype is not as above.
+        ValueError: a shape, device or number is not as above.
 
     Example:
         >>> u, mean, var = torch.tensor([[1.0, -1.0], [3.0, 5.0]]), torch.tensor([1.0, 3.0]), torch.tensor([4.0, 1.0])
         >>> channel_energy(*channel_sums(u, mean), 2, var, None, None, 0.0)
         tensor([ 0.5000, 10.0000])
     """
-    if not count > 0:
-        raise ValueError(f"channel_energy: count must be > 0, got {count}")
+    checks.sums("channel_energy", s1, s2, count, var=var, gamma=gamma, beta=beta)
+    checks.epsilon("channel_energy", eps)
     slope = (var + eps).rsqrt() if gamma is None else gamma * (var + eps).rsqrt()
     shift = s1 / count
     level = slope * shift if beta is None else slope * shift + beta

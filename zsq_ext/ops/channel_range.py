@@ -41,6 +41,4 @@ def channel_range(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     checks.compute_dtype("channel_range", "x", x)
     if x.numel() == 0:
         raise ValueError(f"channel_range: x must not be empty, got shape {tuple(x.shape)}")
-    if axis is not None:
-        axis = checks.dimension("channel_range", "x", x, axis)
-    return _op(x.detach(), axis)
+    return _op(x.detach(), checks.dimension("channel_range", "x", x, axis))

@@ -1,5 +1,9 @@
-"""What the ops of the fake_quant family ask of their arguments."""
+"""What the ops ask of their arguments, before anything runs: `<op>: <argument> must <rule>, got <value>`.
 
+Where an op takes lists, `at` is an item's place in them, as "[3]".
+"""
+
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -11,30 +15,194 @@ from zsq_ext.ops.layout import COMPUTE, is_dense
 # Codes are computed in float32, which holds every integer up to here.
 _CODE_LIMIT = 2**24
 
+# What a size or a number may also be while a graph is traced.
+_INTEGERS = int, torch.SymInt
+_NUMBERS = *_INTEGERS, float, torch.SymFloat
+
 _V = TypeVar("_V")
 
 
-def compute_dtype(op: str, name: str, x: Any) -> torch.dtype:
-    """The dtype that computes for x."""
-    compute = COMPUTE.get(x.dtype) if isinstance(x, Tensor) else None
-    if compute is None:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{op}: {name} must be a float32, float16, bfloat16 or float64 tensor, got {got}")
-    return compute
+# numbers and names
+
+
+def shown(value: Any) -> str:
+    """What an error says it got: a short value itself, of others the type."""
+    if isinstance(value, (list, tuple)) and len(value) <= 4 and all(isinstance(v, _NUMBERS) for v in value):
+        return repr(value)
+    short = value is None or isinstance(value, (str, bool, complex, torch.dtype, *_NUMBERS))
+    return repr(value) if short else type(value).__name__
+
+
+def integer(op: str, name: str, value: Any, at: str = "", *, rule: str = "an integer") -> None:
+    # True is 1 to Python, and a mistake as a code or a dimension.
+    if not isinstance(value, _INTEGERS) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name}{at} must be {rule}, got {shown(value)}")
+
+
+def number(op: str, name: str, value: Any, at: str = "", *, rule: str = "a number") -> None:
+    """An int or a float: no tensor, which would have to be waited for. `rule` says it where others are taken too."""
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name}{at} must be {rule}, got {shown(value)}")
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {shown(value)}")
+
+
+def epsilon(op: str, eps: Any) -> None:
+    number(op, "eps", eps)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps must be >= 0 and finite, got {eps}")
+
+
+def one_of(op: str, name: str, value: Any, names: Sequence[str], *, rule: str = "one of") -> None:
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{op}: {name} must be {rule} {', '.join(names)}, got {shown(value)}")
+
+
+def code_range(
+    op: str,
+    qmin: Any,
+    qmax: Any,
+    at: tuple[str, str] = ("", ""),
+    names: tuple[str, str] = ("qmin", "qmax"),
+    limit: int = _CODE_LIMIT,
+) -> None:
+    """`at` is the place of either."""
+    if _is_code_range(qmin, qmax, limit):
+        return
+    for name, value, where in zip(names, (qmin, qmax), at, strict=True):
+        integer(op, name, value, where)
+    if not -limit <= qmin <= qmax <= limit:
+        low, high = (f"{name}{where}" for name, where in zip(names, at, strict=True))
+        within = "2**24" if limit == _CODE_LIMIT else limit
+        raise ValueError(f"{op}: {low} must be <= {high}, both within {within} of 0, got {qmin} and {qmax}")
+
+
+def code_ranges(op: str, qmin: Any, qmax: Any, n: int, limit: int = _CODE_LIMIT) -> tuple[list[int], list[int]]:
+    """(qmin, qmax) of each of n tensors, from one for all or one for each."""
+    lows, highs = one_each(op, "qmin", qmin, n), one_each(op, "qmax", qmax, n)
+    for k, ends in enumerate(zip(lows, highs, strict=True)):
+        if not _is_code_range(*ends, limit):
+            code_range(op, *ends, (place(qmin, k), place(qmax, k)), limit=limit)
+    return lows, highs
+
+
+def _is_code_range(qmin: Any, qmax: Any, limit: int) -> bool:
+    return type(qmin) is int and type(qmax) is int and -limit <= qmin <= qmax <= limit
+
+
+def dimension(op: str, name: str, x: Tensor, axis: Any, at: str = "", of: str = "") -> int | None:
+    """axis counted from the front, or None.
+
+    Args:
+        name: what the caller calls x.
+        at: the place of axis.
+        of: " for " and x's name, where x is one of several.
+    """
+    if axis is None:
+        return None
+    integer(op, "axis", axis, at)
+    dims = x.dim()
+    if not -dims <= axis < dims:
+        rule = f"in [{-dims}, {dims - 1}]{of}" if dims else f"None for 0-d {name}"
+        raise ValueError(f"{op}: axis{at} must be {rule}, got {axis}")
+    return axis % dims
+
+
+def size(op: str, name: str, value: Any) -> tuple[int, int]:
+    """Two integers."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise TypeError(f"{op}: {name} must be two integers, got {shown(value)}")
+    for i, extent in enumerate(value):
+        integer(op, name, extent, f"[{i}]")
+    return value[0], value[1]
+
+
+# lists
 
 
 def one_each(op: str, name: str, values: _V | Sequence[_V], n: int) -> list[_V]:
     """A list of n: the values, or n times the one."""
-    if not isinstance(values, Sequence):
-        return [values] * n
-    if len(values) != n:
-        raise ValueError(f"{op}: {name} must be one or one per tensor, got {len(values)} for {n} tensors")
-    return list(values)
+    if not _is_list(values):
+        return [values] * n  # type: ignore[list-item]
+    if len(values) != n:  # type: ignore[arg-type]
+        raise ValueError(f"{op}: {name} must be one or one per tensor, got {len(values)} for {n} tensors")  # type: ignore[arg-type]
+    return list(values)  # type: ignore[arg-type]
+
+
+def axes(op: str, tensors: Sequence[Tensor], axis: Any, *, optional: bool = False) -> list[int]:
+    """`dimension` of each tensor, from one for all or one for each; -1 for None, where it is optional."""
+    found = []
+    for k, (x, each) in enumerate(zip(tensors, one_each(op, "axis", axis, len(tensors)), strict=True)):
+        if type(each) is int and -x.dim() <= each < x.dim():  # as it almost always is
+            found.append(each % x.dim())
+            continue
+        name, at = f"tensors[{k}]", place(axis, k)
+        if not optional:
+            integer(op, "axis", each, at)
+        counted = dimension(op, name, x, each, at, "" if at else f" for {name}")
+        found.append(-1 if counted is None else counted)
+    return found
+
+
+def place(values: Any, k: int) -> str:
+    """The place of the k-th that `one_each` gave; none where it is the one for all."""
+    return f"[{k}]" if _is_list(values) else ""
+
+
+def _is_list(values: Any) -> bool:
+    return isinstance(values, (list, tuple))
+
+
+# tensors
+
+
+def tensor(op: str, name: str, t: Any, at: str = "") -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name}{at} must be a tensor, got {type(t).__name__}")
+
+
+def compute_dtype(op: str, name: str, x: Any, at: str = "") -> torch.dtype:
+    """The dtype that computes for x."""
+    compute = COMPUTE.get(x.dtype) if isinstance(x, Tensor) else None
+    if compute is None:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{op}: {name}{at} must be a float32, float16, bfloat16 or float64 tensor, got {got}")
+    return compute
+
+
+def beside(
+    op: str,
+    name: str,
+    t: Any,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    device: torch.device,
+    at: str = "",
+    *,
+    of: str = "",
+    called: str = "shape",
+) -> None:
+    """A tensor of just this dtype, shape and device: one that goes with another.
+
+    Args:
+        of: what the dtype follows from, as " for torch.float32 x".
+        called: "shape", or whose it is, as "x's shape".
+    """
+    tensor(op, name, t, at)
+    if t.dtype is not dtype:
+        raise TypeError(f"{op}: {name}{at} must be {dtype}{of}, got {t.dtype}")
+    if t.shape != shape:
+        raise ValueError(f"{op}: {name}{at} must have {called} {tuple(shape)}, got {tuple(t.shape)}")
+    if t.device != device:
+        raise ValueError(f"{op}: {name}{at} must be on {device}, got {t.device}")
 
 
 def several(op: str, name: str, tensors: Any, n: int | None = None) -> None:
     """A list or tuple, of n."""
-    if not isinstance(tensors, (list, tuple)):
+    if not _is_list(tensors):
         raise TypeError(f"{op}: {name} must be a list or tuple of tensors, got {type(tensors).__name__}")
     if n is not None and len(tensors) != n:
         raise ValueError(f"{op}: {name} must have {n} tensors, got {len(tensors)}")
@@ -43,16 +211,18 @@ def several(op: str, name: str, tensors: Any, n: int | None = None) -> None:
 def tensors(op: str, name: str, tensors: Any, like: Sequence[Tensor] | None = None) -> None:
     """Several tensors of one dtype and device, the first of `like`'s or their own, and of the shapes of `like`."""
     several(op, name, tensors, None if like is None else len(like))
+    first = name if like is None else "tensors"
     like = tensors if like is None else like
     for i, (t, shaped) in enumerate(zip(tensors, like, strict=True)):
-        compute_dtype(op, f"{name}[{i}]", t)
+        at = f"[{i}]"
+        compute_dtype(op, name, t, at)
         if t.dtype is not like[0].dtype:
-            raise TypeError(f"{op}: {name}[{i}] must be {like[0].dtype} as tensors[0] is, got {t.dtype}")
+            raise TypeError(f"{op}: {name}{at} must be {like[0].dtype} as {first}[0] is, got {t.dtype}")
         if t.device != like[0].device:
-            raise ValueError(f"{op}: {name}[{i}] must be on {like[0].device}, got {t.device}")
+            raise ValueError(f"{op}: {name}{at} must be on {like[0].device}, got {t.device}")
         if t.shape != shaped.shape:
             raise ValueError(
-                f"{op}: {name}[{i}] must have shape {tuple(shaped.shape)} as tensors[{i}] has, got {tuple(t.shape)}"
+                f"{op}: {name}{at} must have shape {tuple(shaped.shape)} as {first}{at} has, got {tuple(t.shape)}"
             )
 
 
@@ -86,79 +256,97 @@ def _span(t: Tensor) -> tuple[int, int]:
     return begin, begin + t.numel() * t.element_size()
 
 
-def code_range(op: str, qmin: int, qmax: int) -> None:
-    for name, value in (("qmin", qmin), ("qmax", qmax)):
-        if not isinstance(value, int):
-            raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
-    if not -_CODE_LIMIT <= qmin <= qmax <= _CODE_LIMIT:
-        raise ValueError(f"{op}: qmin must be <= qmax, both within 2**24 of 0, got {qmin} and {qmax}")
-
-
-def dimension(op: str, name: str, x: Tensor, axis: int) -> int:
-    """axis counted from the front."""
-    if not isinstance(axis, int):
-        raise TypeError(f"{op}: axis must be an integer, got {axis!r}")
-    dims = x.dim()
-    if not -dims <= axis < dims:
-        rule = f"in [{-dims}, {dims - 1}]" if dims else f"None for 0-d {name}"
-        raise ValueError(f"{op}: axis must be {rule}, got {axis}")
-    return axis % dims
+# grids
 
 
 def grid(
     op: str,
-    name: str,
     x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
+    scale: Any,
+    zero_point: Any,
     axis: int | None,
     of: torch.dtype,
-    learned: bool,
-    labels: tuple[str, str] = ("scale", "zero_point"),
-) -> tuple[Tensor, Tensor, int | None]:
-    """(scale, zero_point, axis): contiguous, of one shape, and counted from the front.
+    at: str = "",
+    *,
+    called: tuple[str, str, str] = ("x", "scale", "zero_point"),
+    learned: bool = False,
+    groups: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(scale, zero_point), contiguous and of one shape.
 
     Args:
-        name: what the caller calls x.
+        axis: as `dimension` gives it, or None.
         of: the dtype of the values.
+        called: what the caller calls x, scale and zero_point.
         learned: zero_point has scale's dtype.
-        labels: what the caller calls scale and zero_point.
+        groups: a channel of a first dimension may have several grids.
     """
-    if axis is not None:
-        axis = dimension(op, name, x, axis)
     channels = 1 if axis is None else x.size(axis)
-    for label, t in zip(labels, (scale, zero_point), strict=True):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {label} must be a tensor, got {type(t).__name__}")
-        dtype = COMPUTE[of] if t is scale or learned else torch.int32
+    groups = groups and axis == 0
+    for name, t, dtype in (
+        (called[1], scale, COMPUTE[of]),
+        (called[2], zero_point, COMPUTE[of] if learned else torch.int32),
+    ):
+        tensor(op, name, t, at)
         if t.dtype is not dtype:
             under = " under lsq_plus" if learned and t is zero_point else ""
-            raise TypeError(f"{op}: {label} must be {dtype} for {of} {name}{under}, got {t.dtype}")
-        if t.dim() == 2 and axis == 0 and t.size(0) == channels:
-            _check_groups(op, label, x, t)
+            raise TypeError(f"{op}: {name}{at} must be {dtype} for {of} {called[0]}{at}{under}, got {t.dtype}")
+        if groups and t.dim() == 2 and t.size(0) == channels:
+            _check_groups(op, f"{name}{at}", x, t)
         elif t.dim() != 1 or t.numel() not in (1, channels):
             shapes = "(1,)" if axis is None else f"(1,) or ({channels},)"
-            shapes = f"(1,), ({channels},) or ({channels}, G)" if axis == 0 else shapes
-            raise ValueError(f"{op}: {label} must have shape {shapes}, got {tuple(t.shape)}")
+            shapes = f"(1,), ({channels},) or ({channels}, G)" if groups else shapes
+            raise ValueError(f"{op}: {name}{at} must have shape {shapes}, got {tuple(t.shape)}")
         if t.device != x.device:
-            raise ValueError(f"{op}: {label} must be on {x.device}, got {t.device}")
+            raise ValueError(f"{op}: {name}{at} must be on {x.device}, got {t.device}")
     if scale.shape != zero_point.shape:
-        scale, zero_point = _alike(op, labels, scale, zero_point)
-    return scale.contiguous(), zero_point.contiguous(), axis
+        scale, zero_point = _alike(op, f"{called[1]}{at}", f"{called[2]}{at}", scale, zero_point)
+    return scale.contiguous(), zero_point.contiguous()
 
 
-def _check_groups(op: str, label: str, x: Tensor, t: Tensor) -> None:
+def _check_groups(op: str, name: str, x: Tensor, t: Tensor) -> None:
     groups, length = t.size(1), x.shape[1:].numel()
     if groups == 0 or length % groups:
-        raise ValueError(f"{op}: {label} must have groups that divide the {length} elements of a channel, got {groups}")
+        raise ValueError(f"{op}: {name} must have groups that divide the {length} elements of a channel, got {groups}")
 
 
-def _alike(op: str, labels: tuple[str, str], scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+def _alike(op: str, name: str, other: str, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
     if scale.shape == (1,):
         return scale.expand_as(zero_point), zero_point
     if zero_point.shape == (1,):
         return scale, zero_point.expand_as(scale)
     raise ValueError(
-        f"{op}: {labels[1]} must have shape (1,) or {labels[0]}'s shape {tuple(scale.shape)}, "
-        f"got {tuple(zero_point.shape)}"
+        f"{op}: {other} must have shape (1,) or {name}'s shape {tuple(scale.shape)}, got {tuple(zero_point.shape)}"
     )
+
+
+def positive(op: str, scale: Tensor) -> None:
+    """A scale that is positive and finite: waits for the device."""
+    for i, value in enumerate(scale.flatten().tolist()):
+        if not 0 < value < math.inf:
+            where = f"channel {i}" if scale.dim() == 1 else f"group {divmod(i, scale.size(1))}"
+            raise ValueError(f"{op}: scale must be positive and finite, got {value} in {where}")
+
+
+# sums over channels
+
+
+def sums(op: str, s1: Any, s2: Any, count: Any, **parameters: Any) -> None:
+    """The sums over `count` values of each channel, (C,) or (N, C), and parameters (C,) of their dtype.
+
+    gamma and beta may be None. A tensor of counts is one for each channel, and its values are not looked at.
+    """
+    compute_dtype(op, "s1", s1)
+    if s1.dim() not in (1, 2):
+        raise ValueError(f"{op}: s1 must have shape (C,) or (N, C), got {tuple(s1.shape)}")
+    beside(op, "s2", s2, s1.dtype, s1.shape, s1.device, of=" as s1 is", called="s1's shape")
+    for name, t in parameters.items():
+        if t is not None or name not in ("gamma", "beta"):
+            beside(op, name, t, s1.dtype, s1.shape[-1:], s1.device, of=" as s1 is")
+    if isinstance(count, Tensor):
+        if count.dim() > 1 or count.numel() not in (1, s1.size(-1)):
+            raise ValueError(f"{op}: count must have shape () or ({s1.size(-1)},), got {tuple(count.shape)}")
+        return
+    integer(op, "count", count, rule="an integer or a tensor")
+    if not count > 0:
+        raise ValueError(f"{op}: count must be > 0, got {count}")

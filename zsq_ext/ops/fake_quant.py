@@ -113,22 +113,8 @@ class _Lsq(torch.autograd.Function):
 _GRADS = ("ste_clip", "ste", "lsq", "lsq_plus")
 
 
-def _check_scale(scale: Tensor) -> None:
-    for i, value in enumerate(scale.flatten().tolist()):
-        if not 0 < value < math.inf:
-            where = f"channel {i}" if scale.dim() == 1 else f"group {divmod(i, scale.size(1))}"
-            raise ValueError(f"fake_quant: scale must be positive and finite, got {value} in {where}")
-
-
 def _check_out(out: Tensor, x: Tensor) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"fake_quant: out must be a tensor, got {type(out).__name__}")
-    if out.dtype is not x.dtype:
-        raise TypeError(f"fake_quant: out must be {x.dtype} as x is, got {out.dtype}")
-    if out.shape != x.shape:
-        raise ValueError(f"fake_quant: out must have x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
-    if out.device != x.device:
-        raise ValueError(f"fake_quant: out must be on {x.device}, got {out.device}")
+    checks.beside("fake_quant", "out", out, x.dtype, x.shape, x.device, of=" as x is", called="x's shape")
     checks.apart("fake_quant", [out], [x], many=False)
 
 
@@ -194,15 +180,15 @@ def fake_quant(
     """
     checks.compute_dtype("fake_quant", "x", x)
     checks.code_range("fake_quant", qmin, qmax)
-    if grad not in _GRADS:
-        raise ValueError(f"fake_quant: grad must be one of {', '.join(_GRADS)}, got {grad!r}")
+    checks.one_of("fake_quant", "grad", grad, _GRADS)
+    checks.number("fake_quant", "grad_scale", grad_scale)
     if not -math.inf < grad_scale < math.inf:
         raise ValueError(f"fake_quant: grad_scale must be finite, got {grad_scale}")
-    scale, zero_point, axis = checks.grid(
-        "fake_quant", "x", x, scale, zero_point, axis, x.dtype, learned=grad == "lsq_plus"
-    )
+    axis = checks.dimension("fake_quant", "x", x, axis)
+    scale, zero_point = checks.grid("fake_quant", x, scale, zero_point, axis, x.dtype, learned=grad == "lsq_plus")
+    checks.flag("fake_quant", "check", check)
     if check:
-        _check_scale(scale)
+        checks.positive("fake_quant", scale)
 
     learned = grad in ("lsq", "lsq_plus") and (scale.requires_grad or zero_point.requires_grad)
     if out is not None:

@@ -61,7 +61,8 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int,
     """
     checks.compute_dtype("quantize", "x", x)
     checks.code_range("quantize", qmin, qmax)
-    scale, zero_point, axis = checks.grid("quantize", "x", x, scale, zero_point, axis, x.dtype, learned=False)
+    axis = checks.dimension("quantize", "x", x, axis)
+    scale, zero_point = checks.grid("quantize", x, scale, zero_point, axis, x.dtype)
     run = reference.quantize if backend.decomposes() else _quantize
     return run(x.detach(), scale.detach(), zero_point, qmin, qmax, axis)
 
@@ -97,8 +98,11 @@ def dequantize(
     if not isinstance(code, Tensor) or code.dtype not in CODE_TYPE:
         got = code.dtype if isinstance(code, Tensor) else type(code).__name__
         raise TypeError(f"dequantize: code must be an int8, uint8 or int32 tensor, got {got}")
-    if dtype not in COMPUTE:
-        raise TypeError(f"dequantize: dtype must be float32, float16, bfloat16 or float64, got {dtype}")
-    scale, zero_point, axis = checks.grid("dequantize", "values", code, scale, zero_point, axis, dtype, learned=False)
+    if not isinstance(dtype, torch.dtype) or dtype not in COMPUTE:
+        rule = "torch.float32, torch.float16, torch.bfloat16 or torch.float64"
+        raise TypeError(f"dequantize: dtype must be {rule}, got {checks.shown(dtype)}")
+    axis = checks.dimension("dequantize", "code", code, axis)
+    called = "values", "scale", "zero_point"
+    scale, zero_point = checks.grid("dequantize", code, scale, zero_point, axis, dtype, called=called)
     run = reference.dequantize if backend.decomposes() else _dequantize
     return run(code, scale.detach(), zero_point, axis, dtype)

@@ -179,14 +179,10 @@ def fake_quant_many(
     Source: S. Esser et al., Learned Step Size Quantization (arXiv 1902.08153), whose grad_scale is 1 / sqrt(N * qmax)
     for N elements per step; lsq_plus is Y. Bhalgat et al. (arXiv 2004.09576).
     """
-    if grad not in _GRADS:
-        raise ValueError(f"fake_quant_many: grad must be one of {', '.join(_GRADS)}, got {grad!r}")
+    checks.one_of("fake_quant_many", "grad", grad, _GRADS)
     checks.tensors("fake_quant_many", "tensors", tensors)
     n = len(tensors)
-    factors = [float(f) for f in checks.one_each("fake_quant_many", "grad_scale", grad_scale, n)]
-    for factor in factors:
-        if not -math.inf < factor < math.inf:
-            raise ValueError(f"fake_quant_many: grad_scale must be finite, got {factor}")
+    factors = _factors(grad_scale, n)
     scales, zero_points, how = _checked(tensors, scales, zero_points, (qmin, qmax, axis), learned=grad == "lsq_plus")
     if out is not None:
         checks.tensors("fake_quant_many", "out", out, tensors)
@@ -212,6 +208,16 @@ def fake_quant_many(
     return list(_Ste.apply(how, *lists) if grad == "ste" else _Lsq.apply(how, factors, *lists))
 
 
+def _factors(grad_scale: Any, n: int) -> list[float]:
+    factors = checks.one_each("fake_quant_many", "grad_scale", grad_scale, n)
+    for k, factor in enumerate(factors):
+        at = checks.place(grad_scale, k)
+        checks.number("fake_quant_many", "grad_scale", factor, at)
+        if not -math.inf < factor < math.inf:
+            raise ValueError(f"fake_quant_many: grad_scale{at} must be finite, got {factor}")
+    return [float(factor) for factor in factors]
+
+
 def _checked(
     tensors: Sequence[Tensor],
     scales: Sequence[Tensor],
@@ -222,13 +228,12 @@ def _checked(
     op, n = "fake_quant_many", len(tensors)
     checks.several(op, "scales", scales, n)
     checks.several(op, "zero_points", zero_points, n)
-    named = zip(("qmin", "qmax", "axis"), numbers, strict=True)
-    qmin, qmax, axes = (checks.one_each(op, name, values, n) for name, values in named)
+    low, high, axis = numbers
+    qmin, qmax = checks.code_ranges(op, low, high, n)
+    axes = checks.axes(op, tensors, axis, optional=True)
+    called = "tensors", "scales", "zero_points"
     grids = []
-    each = zip(tensors, scales, zero_points, qmin, qmax, axes, strict=True)
-    for k, (x, scale, zero_point, low, high, axis) in enumerate(each):
-        checks.code_range(op, low, high)
-        labels = f"scales[{k}]", f"zero_points[{k}]"
-        grids.append(checks.grid(op, f"tensors[{k}]", x, scale, zero_point, axis, x.dtype, learned, labels))
-    axes = [-1 if grid[2] is None else grid[2] for grid in grids]
+    for k, (x, scale, zero_point) in enumerate(zip(tensors, scales, zero_points, strict=True)):
+        dim = None if axes[k] == -1 else axes[k]
+        grids.append(checks.grid(op, x, scale, zero_point, dim, x.dtype, f"[{k}]", called=called, learned=learned))
     return [grid[0] for grid in grids], [grid[1] for grid in grids], _How(qmin, qmax, axes)

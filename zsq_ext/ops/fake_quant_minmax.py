@@ -84,8 +84,19 @@ def _per_tensor(tensors: Sequence[Tensor], axes: list[int], *of_all: Tensor) -> 
 
 def _check_filled(name: str, tensors: Sequence[Tensor]) -> None:
     for i, t in enumerate(tensors):
+        if t.dim() == 0:
+            raise ValueError(f"fake_quant_minmax: {name}[{i}] must have a dimension, got shape ()")
         if t.numel() == 0:
             raise ValueError(f"fake_quant_minmax: {name}[{i}] must not be empty, got shape {tuple(t.shape)}")
+
+
+def _checked_bits(bits: Any, n: int) -> list[int]:
+    each = checks.one_each("fake_quant_minmax", "bits", bits, n)
+    for k, b in enumerate(each):
+        at = checks.place(bits, k)
+        if not isinstance(b, int) or isinstance(b, bool) or not 2 <= b <= 8:
+            raise ValueError(f"fake_quant_minmax: bits{at} must be an integer from 2 to 8, got {checks.shown(b)}")
+    return each
 
 
 def fake_quant_minmax(
@@ -139,26 +150,17 @@ def fake_quant_minmax(
     """
     checks.tensors("fake_quant_minmax", "tensors", tensors)
     _check_filled("tensors", tensors)
-    if grad not in _GRADS:
-        raise ValueError(f"fake_quant_minmax: grad must be one of {', '.join(_GRADS)}, got {grad!r}")
-    n = len(tensors)
-    how = _How(
-        checks.one_each("fake_quant_minmax", "bits", bits, n),
-        checks.one_each("fake_quant_minmax", "axis", axis, n),
-        symmetric,
-    )
-    for b in how.bits:
-        if not isinstance(b, int) or not 2 <= b <= 8:
-            raise ValueError(f"fake_quant_minmax: bits must be an integer from 2 to 8, got {b!r}")
-    for i, t in enumerate(tensors):
-        how.axes[i] = checks.dimension("fake_quant_minmax", f"tensors[{i}]", t, how.axes[i])
+    checks.one_of("fake_quant_minmax", "grad", grad, tuple(_GRADS))
+    checks.flag("fake_quant_minmax", "symmetric", symmetric)
+    checks.flag("fake_quant_minmax", "return_grid", return_grid)
+    how = _How(_checked_bits(bits, len(tensors)), checks.axes("fake_quant_minmax", tensors, axis), symmetric)
 
-    with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *(out or ())))
     if out is not None:
         checks.tensors("fake_quant_minmax", "out", out, tensors)
         checks.apart("fake_quant_minmax", out, tensors)
-        if with_grad:
-            raise ValueError("fake_quant_minmax: out must be None where a gradient is taken, got tensors")
+    with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *(out or ())))
+    if out is not None and with_grad:
+        raise ValueError("fake_quant_minmax: out must be None where a gradient is taken, got tensors")
     if not tensors:
         return ([], [], []) if return_grid else []
     if out is not None:

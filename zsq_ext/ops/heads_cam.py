@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops import backend
+from zsq_ext.ops import check as checks
 from zsq_ext.ops.layout import COMPUTE, channels_last, empty_arranged
 from zsq_ext.ops.once import differentiable_once
 
@@ -45,9 +46,7 @@ class _CamMap(torch.autograd.Function):
 
 
 def _check_activation(op: str, name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in COMPUTE:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{op}: {name} must be a float32, float16, bfloat16 or float64 tensor, got {got}")
+    checks.compute_dtype(op, name, x)
     if x.dim() != 4:
         raise ValueError(f"{op}: {name} must have shape (B, K, H, W), got {tuple(x.shape)}")
 
@@ -84,17 +83,12 @@ def cam_map(activation: Tensor, alpha: Tensor, *, floor: float | None = None) ->
     Source: R. Selvaraju et al., Grad-CAM (arXiv 1610.02391); the floor is that of SynQ's released code.
     """
     _check_activation("cam_map", "activation", activation)
-    if not isinstance(alpha, Tensor):
-        raise TypeError(f"cam_map: alpha must be a tensor, got {type(alpha).__name__}")
-    if alpha.dtype is not COMPUTE[activation.dtype]:
-        wanted = COMPUTE[activation.dtype]
-        raise TypeError(f"cam_map: alpha must be {wanted} for {activation.dtype} activation, got {alpha.dtype}")
-    if alpha.shape != activation.shape[:2]:
-        raise ValueError(f"cam_map: alpha must have shape {tuple(activation.shape[:2])}, got {tuple(alpha.shape)}")
-    if alpha.device != activation.device:
-        raise ValueError(f"cam_map: alpha must be on {activation.device}, got {alpha.device}")
-    if floor is not None and not -math.inf < floor < math.inf:
-        raise ValueError(f"cam_map: floor must be None or finite, got {floor}")
+    dtype, of = COMPUTE[activation.dtype], f" for {activation.dtype} activation"
+    checks.beside("cam_map", "alpha", alpha, dtype, activation.shape[:2], activation.device, of=of)
+    if floor is not None:
+        checks.number("cam_map", "floor", floor, rule="None or a number")
+        if not -math.inf < floor < math.inf:
+            raise ValueError(f"cam_map: floor must be None or finite, got {floor}")
     alpha, floor = alpha.detach().contiguous(), None if floor is None else float(floor)
     if activation.requires_grad and torch.is_grad_enabled():
         return _CamMap.apply(activation, alpha, floor)
@@ -124,6 +118,8 @@ def count_active(x: Tensor, upper: float | None = None) -> Tensor:
         tensor([[1]], dtype=torch.int32)
     """
     _check_activation("count_active", "x", x)
-    if upper is not None and not 0 < upper < math.inf:
-        raise ValueError(f"count_active: upper must be None or positive and finite, got {upper}")
+    if upper is not None:
+        checks.number("count_active", "upper", upper, rule="None or a number")
+        if not 0 < upper < math.inf:
+            raise ValueError(f"count_active: upper must be None or positive and finite, got {upper}")
     return _op_count(x.detach(), None if upper is None else float(upper))

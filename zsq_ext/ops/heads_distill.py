@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops import backend
+from zsq_ext.ops import check as checks
 from zsq_ext.ops.layout import COMPUTE
 from zsq_ext.ops.once import differentiable_once
 from zsq_ext.ops.reference.heads import ROW
@@ -83,23 +84,24 @@ class _DistillHead(torch.autograd.Function):
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
-    if not isinstance(student, Tensor) or student.dtype not in COMPUTE:
-        got = student.dtype if isinstance(student, Tensor) else type(student).__name__
-        raise TypeError(f"distill_head: student must be a float32, float16, bfloat16 or float64 tensor, got {got}")
+    checks.compute_dtype("distill_head", "student", student)
     if student.dim() != 2 or student.size(1) < 2:
         raise ValueError(f"distill_head: student must have shape (B, K) with K >= 2, got {tuple(student.shape)}")
-    _check_beside(student, "teacher", teacher, student.dtype, tuple(student.shape))
+    checks.beside("distill_head", "teacher", teacher, student.dtype, student.shape, student.device)
 
 
-def _check_beside(student: Tensor, name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"distill_head: {name} must be a tensor, got {type(t).__name__}")
-    if t.dtype is not dtype:
-        raise TypeError(f"distill_head: {name} must be {dtype}, got {t.dtype}")
-    if tuple(t.shape) != shape:
-        raise ValueError(f"distill_head: {name} must have shape {shape}, got {tuple(t.shape)}")
-    if t.device != student.device:
-        raise ValueError(f"distill_head: {name} must be on {student.device}, got {t.device}")
+def _check_numbers(alpha: float, temperature: float, ce: float, tau: float | None) -> None:
+    for name, value in (("alpha", alpha), ("temperature", temperature), ("ce", ce)):
+        checks.number("distill_head", name, value)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"distill_head: temperature must be positive and finite, got {temperature}")
+    for name, weight in (("alpha", alpha), ("ce", ce)):
+        if not -math.inf < weight < math.inf:
+            raise ValueError(f"distill_head: {name} must be finite, got {weight}")
+    if tau is not None:
+        checks.number("distill_head", "tau", tau, rule="None or a number")
+        if not 0 <= tau <= 1:
+            raise ValueError(f"distill_head: tau must be None or in [0, 1], got {tau}")
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
@@ -185,27 +187,22 @@ def distill_head(
     HAST's, and with the easy samples SynQ's (arXiv 2603.18423), eq. 6.
     """
     _check_logits(student, teacher)
-    if kd not in KD_SCALINGS:
-        raise ValueError(f"distill_head: kd must be one of {', '.join(KD_SCALINGS)}, got {kd!r}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"distill_head: temperature must be positive and finite, got {temperature}")
-    for name, weight in (("alpha", alpha), ("ce", ce)):
-        if not -math.inf < weight < math.inf:
-            raise ValueError(f"distill_head: {name} must be finite, got {weight}")
-    if tau is not None and not 0 <= tau <= 1:
-        raise ValueError(f"distill_head: tau must be None or in [0, 1], got {tau}")
+    checks.one_of("distill_head", "kd", kd, KD_SCALINGS)
+    _check_numbers(alpha, temperature, ce, tau)
+    checks.flag("distill_head", "strict", strict)
+    checks.flag("distill_head", "check", check)
     samples, classes = student.shape
     if labels is not None:
-        _check_beside(student, "labels", labels, torch.int64, (samples,))
+        checks.beside("distill_head", "labels", labels, torch.int64, (samples,), student.device)
         if check:
             _check_labels(labels, classes)
     if easy is not None:
-        _check_beside(student, "easy", easy, torch.bool, (samples,))
+        checks.beside("distill_head", "easy", easy, torch.bool, (samples,), student.device)
         if labels is None or tau is not None:
             rule = "labels" if labels is None else "no tau"
             raise ValueError(f"distill_head: easy must come with {rule}, got {None if labels is None else tau}")
     number = None if tau is None else float(tau)
-    args = student, teacher, labels, easy, kd, float(alpha), float(temperature), float(ce), number, bool(strict)
+    args = student, teacher, labels, easy, kd, float(alpha), float(temperature), float(ce), number, strict
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
         total_kd, total_ce, easy, counts = _DistillHead.apply(*args)
     else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops import backend
+from zsq_ext.ops import check as checks
 from zsq_ext.ops.layout import COMPUTE, channels_last, empty_arranged
 
 _WHERE = "Tensor top, Tensor left, Tensor flip, SymInt[2] size, float edge"
@@ -114,25 +115,19 @@ class _ResizeAdjoint(torch.autograd.Function):
 
 
 def _check_images(op: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in COMPUTE:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{op}: x must be a float32, float16, bfloat16 or float64 tensor, got {got}")
+    checks.compute_dtype(op, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{op}: x must have shape (B, C, H, W), got {tuple(x.shape)}")
 
 
 def _check_each(op: str, x: Tensor, flip: Tensor, **pixels: Tensor) -> list[Tensor]:
     """One value per image each: the whole numbers as contiguous int64, and flip."""
-    for name, t in (*pixels.items(), ("flip", flip)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
-        kinds = (torch.bool,) if name == "flip" else (torch.int64, torch.int32)
-        if t.dtype not in kinds:
-            raise TypeError(f"{op}: {name} must be {' or '.join(map(str, kinds))}, got {t.dtype}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"{op}: {name} must have shape ({x.size(0)},), got {tuple(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device}, got {t.device}")
+    for name, t in pixels.items():
+        checks.tensor(op, name, t)
+        if t.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{op}: {name} must be torch.int64 or torch.int32, got {t.dtype}")
+        checks.beside(op, name, t, t.dtype, x.shape[:1], x.device)
+    checks.beside(op, "flip", flip, torch.bool, x.shape[:1], x.device)
     return [*(t.to(torch.int64).contiguous() for t in pixels.values()), flip.contiguous()]
 
 
@@ -199,11 +194,13 @@ def view_images(
     """
     _check_images("view_images", x)
     where = _check_each("view_images", x, flip, top=top, left=left)
-    height, width = size
+    height, width = checks.size("view_images", "size", size)
     if not (0 <= height <= x.size(2) and 0 <= width <= x.size(3)):
         raise ValueError(f"view_images: size must be within {tuple(x.shape[2:])}, got {(height, width)}")
-    if sigma is not None and not 0 <= sigma < math.inf:
-        raise ValueError(f"view_images: sigma must be None or >= 0 and finite, got {sigma}")
+    if sigma is not None:
+        checks.number("view_images", "sigma", sigma, rule="None or a number")
+        if not 0 <= sigma < math.inf:
+            raise ValueError(f"view_images: sigma must be None or >= 0 and finite, got {sigma}")
     if (low is None) != (high is None):
         raise ValueError(f"view_images: low and high must both be given, got no {'low' if low is None else 'high'}")
     clip = [None if t is None else _bound(name, t, x) for name, t in (("low", low), ("high", high))]
@@ -212,14 +209,7 @@ def view_images(
 
 
 def _bound(name: str, t: Tensor, x: Tensor) -> Tensor:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"view_images: {name} must be a tensor, got {type(t).__name__}")
-    if t.dtype is not COMPUTE[x.dtype]:
-        raise TypeError(f"view_images: {name} must be {COMPUTE[x.dtype]} for {x.dtype} x, got {t.dtype}")
-    if t.shape != x.shape[1:2]:
-        raise ValueError(f"view_images: {name} must have shape ({x.size(1)},), got {tuple(t.shape)}")
-    if t.device != x.device:
-        raise ValueError(f"view_images: {name} must be on {x.device}, got {t.device}")
+    checks.beside("view_images", name, t, COMPUTE[x.dtype], x.shape[1:2], x.device, of=f" for {x.dtype} x")
     return t.detach().contiguous()
 
 
@@ -272,7 +262,7 @@ def resize_crops(
     crops = _check_each("resize_crops", x, flip, top=top, left=left, height=height, width=width)
     if x.size(2) == 0 or x.size(3) == 0:
         raise ValueError(f"resize_crops: x must have at least one pixel, got shape {tuple(x.shape)}")
-    rows, columns = size
+    rows, columns = checks.size("resize_crops", "size", size)
     if rows < 0 or columns < 0:
         raise ValueError(f"resize_crops: size must be >= 0, got {(rows, columns)}")
     args = x, *crops, (rows, columns)

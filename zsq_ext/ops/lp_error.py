@@ -62,20 +62,16 @@ def lp_error(
     """
     compute = checks.compute_dtype("lp_error", "x", x)
     checks.code_range("lp_error", qmin, qmax)
+    checks.number("lp_error", "p", p)
     if not 0 < p <= LARGEST_POWER:
         raise ValueError(f"lp_error: p must be above 0 and at most {LARGEST_POWER}, got {p}")
-    if axis is not None:
-        axis = checks.dimension("lp_error", "x", x, axis)
+    axis = checks.dimension("lp_error", "x", x, axis)
     channels = 1 if axis is None else x.size(axis)
-    for name, t, dtype in (("scale", scale, compute), ("zero_point", zero_point, torch.int32)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"lp_error: {name} must be a tensor, got {type(t).__name__}")
-        if t.dtype is not dtype:
-            raise TypeError(f"lp_error: {name} must be {dtype} for {x.dtype} x, got {t.dtype}")
-        if t.dim() != 2 or t.size(0) != channels:
-            raise ValueError(f"lp_error: {name} must have shape ({channels}, K), got {tuple(t.shape)}")
-        if t.shape != scale.shape:
-            raise ValueError(f"lp_error: {name} must have scale's shape {tuple(scale.shape)}, got {tuple(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"lp_error: {name} must be on {x.device}, got {t.device}")
+    checks.tensor("lp_error", "scale", scale)
+    shape = scale.shape
+    if scale.dim() != 2 or scale.size(0) != channels:
+        raise ValueError(f"lp_error: scale must have shape ({channels}, K), got {tuple(shape)}")
+    of = f" for {x.dtype} x"
+    checks.beside("lp_error", "scale", scale, compute, shape, x.device, of=of)
+    checks.beside("lp_error", "zero_point", zero_point, torch.int32, shape, x.device, of=of, called="scale's shape")
     return _op(x.detach(), scale.detach().contiguous(), zero_point.contiguous(), qmin, qmax, float(p), axis)

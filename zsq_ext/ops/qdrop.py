@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops import backend
-from zsq_ext.ops.layout import COMPUTE, channels_last, empty_arranged
+from zsq_ext.ops import check as checks
+from zsq_ext.ops.layout import channels_last, empty_arranged
 from zsq_ext.ops.once import differentiable_once
 
 # How finely a draw divides 1.
@@ -85,21 +86,10 @@ def qdrop(x: Tensor, x_hat: Tensor, probability: float, key: Tensor) -> Tensor:
     Source: X. Wei et al., QDrop: Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization
     (arXiv 2203.05740); the generator is J. Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
     """
-    if not isinstance(x, Tensor) or x.dtype not in COMPUTE:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"qdrop: x must be a float32, float16, bfloat16 or float64 tensor, got {got}")
-    for name, t, dtype in (("x_hat", x_hat, x.dtype), ("key", key, torch.int64)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"qdrop: {name} must be a tensor, got {type(t).__name__}")
-        if t.dtype is not dtype:
-            raise TypeError(f"qdrop: {name} must be {dtype}, got {t.dtype}")
-        shape = x.shape if name == "x_hat" else (2,)
-        if t.shape != shape:
-            raise ValueError(f"qdrop: {name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"qdrop: {name} must be on {x.device}, got {t.device}")
-    if not isinstance(probability, int | float):
-        raise TypeError(f"qdrop: probability must be a number, got {type(probability).__name__}")
+    checks.compute_dtype("qdrop", "x", x)
+    checks.beside("qdrop", "x_hat", x_hat, x.dtype, x.shape, x.device)
+    checks.beside("qdrop", "key", key, torch.int64, (2,), x.device)
+    checks.number("qdrop", "probability", probability)
     if not 0 <= probability <= 1:
         raise ValueError(f"qdrop: probability must be in [0, 1], got {probability}")
     threshold = round(probability * _STEPS)

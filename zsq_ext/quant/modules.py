@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zsq_ext.core.steps import Diverged
 from zsq_ext.ops import fake_quant
 from zsq_ext.quant.ranges import affine_params, ema_update, ema_update_legacy, ema_value, lp_search, min_max
 
@@ -118,8 +120,8 @@ class ActivationQuantizer(nn.Module):
     @torch.no_grad()
     def set_range(self, lo: float, hi: float) -> None:
         """Sets the range, as if one batch with these extremes had been seen."""
-        if not lo < hi:
-            raise ValueError(f"set_range: lo must be < hi, got {lo} and {hi}")
+        if not -math.inf < lo < hi < math.inf:
+            raise ValueError(f"set_range: lo must be < hi, both finite, got {lo} and {hi}")
         weight = 1 - self.beta if self.range_kind in ("ema", "lp") else 1.0
         self.lo.fill_(lo * weight)
         self.hi.fill_(hi * weight)
@@ -197,12 +199,28 @@ class RangeTrace:
         self.rows.index_copy_(0, self._quantizers[0].batches.view(1) - 1, ranges[None])
 
     def history(self) -> list[dict[str, Any]]:
-        """One {"step": n, "lo": [per site], "hi": [per site]} per batch, sites in execution order."""
-        return [{"step": n + 1, "lo": lo, "hi": hi} for n, (lo, hi) in enumerate(self.rows.transpose(1, 2).tolist())]
+        """One {"step": n, "lo": [per site], "hi": [per site]} per batch, sites in execution order.
+
+        Raises:
+            Diverged: a range is not finite in the end, naming the site. Nothing looks at ranges again.
+        """
+        ends = self.rows.transpose(1, 2).tolist()
+        for quantizer, lo, hi in zip(self._quantizers, *ends[-1], strict=True):
+            if not (math.isfinite(lo) and math.isfinite(hi)):
+                raise Diverged(
+                    f"ranges: the range of '{quantizer.name}' is not finite after calibration, got [{lo}, {hi}]. "
+                    "Look at the scale of the images, and at the input's mean and std."
+                )
+        return [{"step": n + 1, "lo": lo, "hi": hi} for n, (lo, hi) in enumerate(ends)]
 
 
 def weight_range(weight: Tensor, axis: int, bits: int, kind: str) -> tuple[Tensor, Tensor] | None:
     """The frozen range a weight quantizer starts with; None where it follows the live weight."""
     if kind == "minmax":
         return None
-    return lp_search(weight, bits, axis=axis, signed=True, include_zero=False)
+    lo, hi = lp_search(weight, bits, axis=axis, signed=True, include_zero=False)
+    finite = lo.isfinite() & hi.isfinite()
+    if not bool(finite.all()):  # once, when the network is prepared
+        channel = int(finite.logical_not().nonzero()[0])
+        raise ValueError(f"weight_range: weight must be finite, got NaN or infinity in channel {channel}")
+    return lo, hi

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops import channel_range, lp_error
+from zsq_ext.ops import check as checks
+from zsq_ext.ops.lp_error import LARGEST_POWER
 
 SMALLEST_RANGE = 1e-8
 """A narrower range counts as this wide, in units of x, so that a constant tensor has a scale."""
@@ -35,8 +37,12 @@ def affine_params(
     quantizers have it. A channel that is constant and far from zero would need a zero-point beyond int32; its scale is
     therefore at least 2^-23 of its largest bound, which still reproduces the constant.
 
+    Values are not looked at, which would wait for the device. An end that is NaN or infinite makes every value of its
+    channel NaN, so that no valid code hides it; a zero_point that has no value then is 0. What calibrates looks once,
+    when it is done.
+
     Args:
-        lo, hi: range ends in units of x, lo <= hi, finite; 0-d, (1,) or (C,), floating point.
+        lo, hi: range ends in units of x, lo <= hi; 0-d, (1,) or (C,), floating point.
         bits: code width, 2 to 8.
         signed: codes in [-2^(bits-1), 2^(bits-1) - 1] instead of [0, 2^bits - 1].
         include_zero: widen the range to lo <= 0 <= hi first. Activations need it: padding must be exact.
@@ -57,13 +63,16 @@ def affine_params(
 
     Source: the min-max quantizer of ZeroQ, GDFQ, IntraQ, HAST and SynQ, with the scale written as a step.
     """
-    if not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ValueError(f"affine_params: bits must be an integer from 2 to 8, got {bits!r}")
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
+        raise ValueError(f"affine_params: bits must be an integer from 2 to 8, got {checks.shown(bits)}")
+    for name, value in (("signed", signed), ("include_zero", include_zero), ("symmetric", symmetric)):
+        checks.flag("affine_params", name, value)
+    lo, hi = (_wide(t, "affine_params", name) for t, name in ((lo, "lo"), (hi, "hi")))
     if lo.shape != hi.shape or lo.ndim > 1:
         raise ValueError(
             f"affine_params: lo and hi must have one common shape, () or (C,), got {tuple(lo.shape)}, {tuple(hi.shape)}"
         )
-    lo, hi = (_wide(t, "affine_params", name).reshape(-1) for t, name in ((lo, "lo"), (hi, "hi")))
+    lo, hi = lo.reshape(-1), hi.reshape(-1)
     qmin = -(2 ** (bits - 1)) if signed else 0
     qmax = qmin + 2**bits - 1
     if include_zero:
@@ -77,7 +86,7 @@ def affine_params(
     scale = torch.maximum(scale, torch.maximum(lo.abs(), hi.abs()) * FINEST_SCALE)
     # a quotient of a symmetric range may come out just beside the tie
     steps = torch.full_like(lo, -(2 ** (bits - 1))) if symmetric else torch.round(lo / scale)
-    zero_point = (qmin - steps).to(torch.int32)
+    zero_point = (qmin - steps).nan_to_num(0).to(torch.int32)
     return scale, zero_point, qmin, qmax
 
 
@@ -143,6 +152,7 @@ def percentile(x: Tensor, percent: float = 99.99, axis: int | None = None) -> tu
         ValueError: percent out of range, x empty, or axis not an axis of x.
         TypeError: x not floating point.
     """
+    checks.number("percentile", "percent", percent)
     if not 50 < percent <= 100:
         raise ValueError(f"percentile: percent must be above 50 and at most 100, got {percent}")
     rows = _rows(x, axis, "percentile")
@@ -188,12 +198,13 @@ def lp_search(
 
     Source: BRECQ (arXiv 2102.05426) and Genie (arXiv 2212.04780), released code.
     """
-    if not p > 0:
-        raise ValueError(f"lp_search: p must be positive, got {p}")
-    ratios = tuple(ratios)
-    if not ratios:
-        raise ValueError("lp_search: ratios must name at least one factor, got none")
+    checks.number("lp_search", "p", p)
+    if not 0 < p <= LARGEST_POWER:
+        raise ValueError(f"lp_search: p must be above 0 and at most {LARGEST_POWER}, got {p}")
+    ratios = _checked_ratios(ratios)
     _check_values(x, axis, "lp_search")
+    if start is not None and not (isinstance(start, (tuple, list)) and len(start) == 2):
+        raise TypeError(f"lp_search: start must be None or a pair (lo, hi), got {checks.shown(start)}")
     ends = channel_range(x, axis) if start is None else start
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     channels = 1 if axis is None else x.shape[axis]
@@ -231,6 +242,7 @@ def ema_update(
         >>> ema_value(*state, 0.5)
         (tensor([-1.]), tensor([2.]))
     """
+    _check_memory(beta)
     return lo_raw + (1 - beta) * (batch_lo - lo_raw), hi_raw + (1 - beta) * (batch_hi - hi_raw), step + 1
 
 
@@ -277,23 +289,41 @@ def ema_update_legacy(
     return lo, hi, step
 
 
-def _bias_correction(step: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
-    """1 - beta^t, with t at least 1 so that an unused state reads zero instead of NaN."""
+def _check_memory(beta: float) -> None:
+    checks.number("ema", "beta", beta)
     if not 0 <= beta < 1:
         raise ValueError(f"ema: beta must be in [0, 1), got {beta}")
+
+
+def _bias_correction(step: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
+    """1 - beta^t, with t at least 1 so that an unused state reads zero instead of NaN."""
+    _check_memory(beta)
     if beta == 0:
         return torch.ones_like(step, dtype=dtype)
     # expm1 keeps all digits at small t, where 1 - beta^t cancels
     return -torch.expm1(step.clamp_min(1).to(dtype) * math.log(beta))
 
 
+def _checked_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
+    if not isinstance(ratios, Iterable) or isinstance(ratios, (str, Tensor)):
+        raise TypeError(f"lp_search: ratios must be several numbers, got {checks.shown(ratios)}")
+    ratios = tuple(ratios)
+    if not ratios:
+        raise ValueError("lp_search: ratios must name at least one factor, got none")
+    for i, ratio in enumerate(ratios):
+        checks.number("lp_search", "ratios", ratio, f"[{i}]")
+        if not 0 < ratio < math.inf:
+            raise ValueError(f"lp_search: ratios[{i}] must be positive and finite, got {ratio}")
+    return ratios
+
+
 def _check_values(x: Tensor, axis: int | None, function: str) -> None:
+    checks.tensor(function, "x", x)
     if not x.is_floating_point():
         raise TypeError(f"{function}: x must be floating point, got {x.dtype}")
     if x.numel() == 0:
         raise ValueError(f"{function}: x must not be empty, got shape {tuple(x.shape)}")
-    if axis is not None and not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"{function}: axis must be an axis of x with shape {tuple(x.shape)}, got {axis}")
+    checks.dimension(function, "x", x, axis)
 
 
 def _rows(x: Tensor, axis: int | None, function: str) -> Tensor:
@@ -307,6 +337,7 @@ def _rows(x: Tensor, axis: int | None, function: str) -> Tensor:
 
 def _wide(x: Tensor, function: str, name: str) -> Tensor:
     """x detached in fp32, or in fp64 if it is that already."""
+    checks.tensor(function, name, x)
     if not x.is_floating_point():
         raise TypeError(f"{function}: {name} must be floating point, got {x.dtype}")
     return x.detach() if x.dtype == torch.float64 else x.detach().float()

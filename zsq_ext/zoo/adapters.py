@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import struct
@@ -73,9 +74,16 @@ def load_checkpoint(
     """
     if source not in SOURCES:
         raise ValueError(f"load_checkpoint: source must be one of {', '.join(SOURCES)}, got {source!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_checkpoint: model must be a torch.nn.Module, got {type(model).__name__}")
     target = model.state_dict()
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("load_checkpoint: model must hold real tensors, got one on the meta device")
+    if not isinstance(path_or_state_dict, (str, os.PathLike, Mapping)):
+        got = type(path_or_state_dict).__name__
+        raise TypeError(
+            f"load_checkpoint: path_or_state_dict must be a path or a mapping of names to tensors, got {got}"
+        )
     if isinstance(path_or_state_dict, Mapping):
         where, content = "the given mapping", path_or_state_dict
     else:

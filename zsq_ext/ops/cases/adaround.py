@@ -188,7 +188,7 @@ ADAROUND_ERRORS = (
     ),
     _change("beta_small", ValueError, "beta must be >= 1 and finite, got 0.5", beta=0.5),
     _change("beta_inf", ValueError, "beta must be >= 1 and finite, got inf", beta=math.inf),
-    _change("beta_text", TypeError, "beta must be a number or a tensor, got str", beta="2"),
+    _change("beta_text", TypeError, "beta must be None, a number or a tensor, got '2'", beta="2"),
     _change(
         "beta_dtype",
         TypeError,

@@ -85,19 +85,19 @@ BN_ACT_ERRORS = (
     ErrorCase(
         "quant_scale_shape",
         ValueError,
-        "bn_act: scale must have shape (1,) or (4,), got (3,)",
+        "bn_act: quant's scale must have shape (1,) or (4,), got (3,)",
         {"quant": (torch.ones(3), _ZERO, 0, 15)},
     ),
     ErrorCase(
         "quant_zero_point_dtype",
         TypeError,
-        "bn_act: zero_point must be torch.int32 for torch.float32 u, got torch.int64",
+        "bn_act: quant's zero_point must be torch.int32 for torch.float32 u, got torch.int64",
         {"quant": (_STEP, _ZERO.long(), 0, 15)},
     ),
     ErrorCase(
         "quant_range",
         ValueError,
-        "bn_act: qmin must be <= qmax, both within 2**24 of 0, got 3 and 2",
+        "bn_act: quant's qmin must be <= quant's qmax, both within 2**24 of 0, got 3 and 2",
         {"quant": (_STEP, _ZERO, 3, 2)},
     ),
     ErrorCase(

@@ -161,7 +161,7 @@ FAKE_QUANT_MANY_ERRORS = (
         "got torch.int32",
         {"grad": "lsq_plus"},
     ),
-    ErrorCase("axis_range", ValueError, "fake_quant_many: axis must be in [-2, 1], got 2", {"axis": (0, 2)}),
+    ErrorCase("axis_range", ValueError, "fake_quant_many: axis[1] must be in [-2, 1], got 2", {"axis": (0, 2)}),
     ErrorCase(
         "axis_count",
         ValueError,
@@ -175,9 +175,16 @@ FAKE_QUANT_MANY_ERRORS = (
         {"qmax": (7, 7, 7)},
     ),
     ErrorCase(
+        "axis_of_one",
+        ValueError,
+        "fake_quant_many: axis must be in [-1, 0] for tensors[1], got 1",
+        {"tensors": [torch.zeros(2, 3), torch.zeros(4)], "axis": 1, "scales": [torch.ones(3), torch.ones(1)]},
+    ),
+    ErrorCase("qmax_float", TypeError, "fake_quant_many: qmax[1] must be an integer, got 7.0", {"qmax": [7, 7.0]}),
+    ErrorCase(
         "empty_range",
         ValueError,
-        "fake_quant_many: qmin must be <= qmax, both within 2**24 of 0, got 8 and 7",
+        "fake_quant_many: qmin[1] must be <= qmax, both within 2**24 of 0, got 8 and 7",
         {"qmin": (0, 8)},
     ),
     ErrorCase(
@@ -189,7 +196,7 @@ FAKE_QUANT_MANY_ERRORS = (
     ErrorCase(
         "grad_scale",
         ValueError,
-        "fake_quant_many: grad_scale must be finite, got inf",
+        "fake_quant_many: grad_scale[1] must be finite, got inf",
         {"grad_scale": (1.0, float("inf"))},
     ),
     ErrorCase(

@@ -121,11 +121,13 @@ FAKE_QUANT_MINMAX_ERRORS = (
         "fake_quant_minmax: tensors[0] must not be empty, got shape (0, 3)",
         {"tensors": [torch.zeros(0, 3)]},
     ),
-    ErrorCase("axis_range", ValueError, "fake_quant_minmax: axis must be in [-2, 1], got 2", {"axis": 2}),
+    ErrorCase(
+        "axis_range", ValueError, "fake_quant_minmax: axis must be in [-2, 1] for tensors[0], got 2", {"axis": 2}
+    ),
     ErrorCase(
         "axis_0d",
         ValueError,
-        "fake_quant_minmax: axis must be None for 0-d tensors[0], got 0",
+        "fake_quant_minmax: tensors[0] must have a dimension, got shape ()",
         {"tensors": [torch.tensor(1.0)]},
     ),
     ErrorCase(
@@ -141,7 +143,7 @@ FAKE_QUANT_MINMAX_ERRORS = (
         {"bits": [4]},
     ),
     ErrorCase(
-        "bits_range", ValueError, "fake_quant_minmax: bits must be an integer from 2 to 8, got 9", {"bits": (2, 9)}
+        "bits_range", ValueError, "fake_quant_minmax: bits[1] must be an integer from 2 to 8, got 9", {"bits": (2, 9)}
     ),
     ErrorCase(
         "bits_float", ValueError, "fake_quant_minmax: bits must be an integer from 2 to 8, got 4.0", {"bits": 4.0}

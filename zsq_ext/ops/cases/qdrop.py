@@ -104,7 +104,7 @@ QDROP_ERRORS = (
     _change("key_dtype", TypeError, "key must be torch.int64, got torch.int32", key=torch.zeros(2).int()),
     _change("key_shape", ValueError, "key must have shape (2,), got (4,)", key=torch.zeros(4).long()),
     _change("key_device", ValueError, "key must be on cpu, got meta", key=torch.zeros(2, device="meta").long()),
-    _change("probability_text", TypeError, "probability must be a number, got str", probability="half"),
+    _change("probability_text", TypeError, "probability must be a number, got 'half'", probability="half"),
     _change("probability_above", ValueError, "probability must be in [0, 1], got 1.5", probability=1.5),
     _change("probability_nan", ValueError, "probability must be in [0, 1], got nan", probability=float("nan")),
 )

@@ -94,84 +94,109 @@ def make_set(
 
     Source: DGH (arXiv 2410.22110), released code.
     """
-    part, device = stage.part(0, 1), teacher.target.mean.device
+    part = stage.part(0, 1)
     held = stage.run.load(part.name)
-    if held is None:
-        images, history = _optimised(part, teacher, count, spec, objective, config, device)
-        stage.run.save(part.name, {"images": images}, {"history": history})
-        end_stage(part)
-    else:
-        images, history = held[0]["images"].to(device), held[1]["history"]
-    return images, history
-
-
-def _optimised(
-    stage: Stage,
-    teacher: SetTeacher,
-    count: int,
-    spec: InputSpec,
-    objective: Objective,
-    config: StoredConfig,
-    device: torch.device,
-) -> tuple[Tensor, list[dict]]:
-    view = View(spec, config, device)
-    stored = view.start(count, stage.stream("init"))
-    batches = [chunk.detach().requires_grad_(True) for chunk in stored.split(config.batch)]  # all in the same memory
-    sizes = [len(batch) for batch in batches]
-    schedules = [
-        Plateau(config.lr, config.factor, config.patience, config.min_lr, device, reset=config.reset) for _ in batches
-    ]
-    eps = config.eps * (config.eps_images or count) / count
-    # one tensor each, so nothing to gain by foreach
-    optimizers = [
-        torch.optim.RAdam([batch], lr=schedule.lr, eps=eps, foreach=False, capturable=device.type == "cuda")
-        for batch, schedule in zip(batches, schedules, strict=True)
-    ]
-    totals = RunningTotals(sizes, len(teacher.places), device, equal=config.equal_batches)
-    remembers = config.granularity == "set" and len(batches) > 1
-    if remembers:
-        with torch.no_grad():
-            for index, batch in enumerate(batches):
-                totals.replace(index, teacher.observe(view.final(batch)).sums)
+    if held is not None:
+        return held[0]["images"].to(teacher.target.mean.device), held[1]["history"]
+    images = ImageSet(teacher, count, spec, objective, config, part.stream("init"))
+    batches = len(images.batches)
 
     @functools.lru_cache(maxsize=1)
     def order_of(iteration: int) -> list[int]:
-        return torch.randperm(len(batches), generator=stage.stream("order", iteration)).tolist()
-
-    def statistics(index: int, sums: Tensor) -> Statistics:
-        if config.granularity == "set":
-            return teacher.statistics(totals.with_batch(index, sums))
-        return teacher.statistics(sums.double() / (sizes[index] if config.granularity == "batch" else 1))
-
-    @torch.no_grad()
-    def remember(index: int, sums: Tensor) -> None:
-        image = view.final(batches[index])
-        if config.refresh:
-            totals.replace(index, teacher.observe(image).sums)
-        else:
-            of_image = torch.stack(teacher.image_sums(image))
-            totals.replace(index, torch.cat([of_image, sums[:, of_image.shape[1] :]], 1))
+        return torch.randperm(batches, generator=part.stream("order", iteration)).tolist()
 
     def step(n: int) -> Terms:
-        index = order_of(n // len(batches))[n % len(batches)]
-        batch = batches[index]
-        seen = teacher.observe(view.random(batch, stage.stream("view", n, device)))
-        terms = objective(statistics(index, seen.sums), seen)
+        return images.step(order_of(n // batches)[n % batches], part.stream("view", n, images.device))
+
+    history = run_steps(part, config.iterations * batches, step, images.state(), advice=ADVICE)
+    found = images.final()
+    stage.run.save(part.name, {"images": found}, {"history": history})
+    end_stage(part)
+    return found, history
+
+
+class ImageSet:
+    """Stored images in batches, each with an optimizer and a schedule of its own, and the statistics of them all.
+
+    Args:
+        teacher, count, spec, objective, config: as for ``make_set``.
+        generator: of the Gaussian start.
+    """
+
+    def __init__(
+        self,
+        teacher: SetTeacher,
+        count: int,
+        spec: InputSpec,
+        objective: Objective,
+        config: StoredConfig,
+        generator: torch.Generator,
+    ) -> None:
+        self.device = device = teacher.target.mean.device
+        self._teacher, self._objective, self._config = teacher, objective, config
+        self._view = View(spec, config, device)
+        self._stored = self._view.start(count, generator)
+        chunks = self._stored.split(config.batch)
+        self.batches = [chunk.detach().requires_grad_(True) for chunk in chunks]  # leaves in the same memory
+        plan = config.lr, config.factor, config.patience, config.min_lr, device
+        self._schedules = [Plateau(*plan, reset=config.reset) for _ in chunks]
+        eps = config.eps * (config.eps_images or count) / count
+        # one tensor each, so nothing to gain by foreach
+        self._optimizers = [
+            torch.optim.RAdam([batch], lr=schedule.lr, eps=eps, foreach=False, capturable=device.type == "cuda")
+            for batch, schedule in zip(self.batches, self._schedules, strict=True)
+        ]
+        sizes = [len(chunk) for chunk in chunks]
+        self._totals = RunningTotals(sizes, len(teacher.places), device, equal=config.equal_batches)
+        self._remembers = config.granularity == "set" and len(chunks) > 1
+        if self._remembers:
+            for index in range(len(chunks)):
+                self._totals.replace(index, self._fresh_sums(index))
+
+    def step(self, index: int, generator: torch.Generator) -> Terms:
+        """Shows the network a random view of one batch and moves its pixels; one forward and one backward."""
+        batch = self.batches[index]
+        seen = self._teacher.observe(self._view.random(batch, generator))
+        terms = self._objective(self._statistics(index, seen.sums), seen)
         loss = torch.stack([term.double() for term in terms.values()]).sum()
         (batch.grad,) = torch.autograd.grad(loss, [batch])
-        optimizers[index].step()
+        self._optimizers[index].step()
         batch.grad = None  # or as many gradients as pixels would be kept
-        schedules[index].step(loss.detach().float())
-        if remembers:
-            remember(index, seen.sums)
+        self._schedules[index].step(loss.detach().float())
+        if self._remembers:
+            self._totals.replace(index, self._remembered(index, seen.sums))
         return terms
 
-    changed = {f"{name}-{i}": value for i, plan in enumerate(schedules) for name, value in plan.tensors().items()}
-    state = State(
-        {"stored": stored, **totals.tensors(), **changed}, {f"radam-{i}": one for i, one in enumerate(optimizers)}
-    )
-    history = run_steps(stage, config.iterations * len(batches), step, state, advice=ADVICE)
-    return view.final(stored).contiguous(), history
+    def state(self) -> State:
+        """What a checkpoint holds."""
+        plans = {
+            f"{name}-{i}": value for i, plan in enumerate(self._schedules) for name, value in plan.tensors().items()
+        }
+        tensors = {"stored": self._stored, **self._totals.tensors(), **plans}
+        return State(tensors, {f"radam-{i}": optimizer for i, optimizer in enumerate(self._optimizers)})
+
+    def final(self) -> Tensor:
+        """The images as they are handed out, (N, C, H, W)."""
+        return self._view.final(self._stored).contiguous()
+
+    def _statistics(self, index: int, sums: Tensor) -> Statistics:
+        """Those that are to be matched: of the set with this batch as it is now, of the batch, or of each image."""
+        if self._config.granularity == "set":
+            return self._teacher.statistics(self._totals.with_batch(index, sums))
+        share = len(self.batches[index]) if self._config.granularity == "batch" else 1
+        return self._teacher.statistics(sums.double() / share)
+
+    @torch.no_grad()
+    def _remembered(self, index: int, sums: Tensor) -> Tensor:
+        """What other batches' steps will know of this one: the forward's sums, but the images as they are now."""
+        if self._config.refresh:
+            return self._fresh_sums(index)
+        image = torch.stack(self._teacher.image_sums(self._view.final(self.batches[index])))
+        return torch.cat([image, sums[:, image.shape[1] :]], 1)
+
+    @torch.no_grad()
+    def _fresh_sums(self, index: int) -> Tensor:
+        return self._teacher.observe(self._view.final(self.batches[index])).sums
 
 
 class View:

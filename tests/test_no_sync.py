@@ -1,6 +1,7 @@
 """The pieces of a training step never wait for the device: no value is read back and no shape depends on data."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -10,11 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zsq_ext.bench import timing
 from zsq_ext.bench.families import FAMILIES
+from zsq_ext.core.spec import InputSpec
 from zsq_ext.ops import KD_SCALINGS, channel_sums, distill_head, statistics_of
 from zsq_ext.ops.backend import reason_against
 from zsq_ext.quant import ranges
+from zsq_ext.quant.structure import heads
 from zsq_ext.synth import augment, filters, objectives
 from zsq_ext.synth.objectives import Statistics
+from zsq_ext.synth.pixels import Plateau
+from zsq_ext.synth.set_objectives import set_statistics_loss, stretching_loss
+from zsq_ext.synth.stored import StoredConfig, View
+from zsq_ext.synth.whole_set import RunningTotals, SetTeacher
 from zsq_ext.tune import cam, losses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,6 +87,29 @@ def image_objectives():
     return run
 
 
+def whole_set(teacher):
+    """A step of the stored-image engine, all but the optimizer, which on the CPU counts its steps on the host."""
+    module = copy.deepcopy(teacher).to(DEVICE)
+    watched = SetTeacher(module, heads=heads(module))
+    spec = InputSpec((3, 8, 8), valid_range=(-2.0, 2.0))
+    view = View(spec, StoredConfig(border=2), torch.device(DEVICE))
+    x = normal(6, 3, 10, 10).requires_grad_()
+    totals = RunningTotals([6, 4], len(watched.places), torch.device(DEVICE))
+    plan = Plateau(1.0, 0.5, 2, 0.1, torch.device(DEVICE), reset=True)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def run():
+        seen = watched.observe(view.random(x, generator))
+        loss = set_statistics_loss(watched.statistics(totals.with_batch(0, seen.sums)), watched.target)
+        loss = loss + stretching_loss(seen.heads, seen.last, watched.last)
+        loss.backward()
+        plan.step(loss.detach().float())
+        totals.replace(0, seen.sums)
+        view.final(x)
+
+    return run
+
+
 def image_pipeline():
     x = normal(4, 3, 16, 16).requires_grad_()
     low = filters.LowPass((16, 16), 4).to(DEVICE)
@@ -122,10 +152,10 @@ def class_activation_maps():
 
 
 @pytest.mark.parametrize(
-    "piece", [range_updates, image_objectives, image_pipeline, tuning_losses, class_activation_maps]
+    "piece", [range_updates, image_objectives, whole_set, image_pipeline, tuning_losses, class_activation_maps]
 )
-def test_a_step_never_waits(piece):
-    run = piece()
+def test_a_step_never_waits(piece, teacher):
+    run = piece(teacher) if piece is whole_set else piece()
     run()  # constants are made and kept on the first call
     with no_waiting():
         run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,14 +60,18 @@ def fuse(module: fx.GraphModule, energies: int = 0) -> fx.GraphModule:
     return _fused(module, None, energies)[0]
 
 
-def fuse_with_statistics(module: fx.GraphModule) -> fx.GraphModule:
+def fuse_with_statistics(module: fx.GraphModule, per_image: Collection[str] = ()) -> fx.GraphModule:
     """As ``fuse``, and shows the statistics of every batch norm's input on the way.
+
+    Args:
+        module: a captured, prepared or tapped network.
+        per_image: the batch norms (node names) whose sums are those of each image.
 
     Returns:
         A module whose forward gives ``(output, (S1, ...), (S2, ...))``: the sums of ``bn_act``, shifted by the stored
-        means, one (C_l,) each per batch norm in execution order.
+        means, one (C_l,) each per batch norm in execution order; (N, C_l) of those in ``per_image``.
     """
-    fused, sums = _fused(module, "batch")
+    fused, sums = _fused(module, "batch", per_image=per_image)
     output = fused.graph.output_node()
     output.args = ((output.args[0], tuple(s1 for s1, _ in sums), tuple(s2 for _, s2 in sums)),)
     fused.graph.lint()
@@ -75,7 +80,7 @@ def fuse_with_statistics(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _fused(
-    module: fx.GraphModule, stats: str | None, energies: int = 0
+    module: fx.GraphModule, stats: str | None, energies: int = 0, per_image: Collection[str] = ()
 ) -> tuple[fx.GraphModule, list[tuple[fx.Node, fx.Node]]]:
     graph = fx.Graph()
     output = graph.output(graph.graph_copy(module.graph, {}))
@@ -92,7 +97,8 @@ def _fused(
         u, gamma, beta, mean, var, _, _, eps, *_ = node.args
         last = chain.nodes[-1]
         with graph.inserting_before(last):
-            how = {"residual": chain.residual, "act": chain.act, "stats": "sample" if node in tapped else stats}
+            each = node in tapped or node.name in per_image
+            how = {"residual": chain.residual, "act": chain.act, "stats": "sample" if each else stats}
             norm_args: tuple[Any, ...] = u, mean, var, gamma, beta, eps
             if chain.quantizer is None:
                 new = graph.call_function(bn_act, norm_args, how)

@@ -1,7 +1,8 @@
-"""The shape of a captured network: residual blocks, the maps inside them, and the classifier's tail."""
+"""The shape of a captured network: residual blocks, the maps inside them, the classifier's tail, the heads."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -32,6 +33,16 @@ from zsq_ext.quant.graph import (
 from zsq_ext.quant.sites import weights
 
 GLOBAL_POOLS = {aten.adaptive_avg_pool2d.default, aten.mean.dim, aten.avg_pool2d.default}
+JOINS = {aten.cat.default, aten.stack.default}
+PARTS = {
+    operator.getitem,
+    aten.chunk.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+}
 
 
 @dataclass(frozen=True)
@@ -270,3 +281,34 @@ def _common_module(nodes: Iterable[fx.Node]) -> str:
             break
         common.append(parts[0])
     return ".".join(common)
+
+
+def heads(module: fx.GraphModule) -> list[str]:
+    """The layers whose outputs are the network's outputs, back over what only arranges values, joins or quantizes them.
+
+    Args:
+        module: a captured or prepared network with one output, or any nesting of several.
+
+    Returns:
+        Node names in execution order, each once: the classifier's, or those of a detector's every head.
+
+    Raises:
+        ValueError: an output is computed by something else, naming it.
+    """
+    found = set()
+    for output in module.graph.output_node().all_input_nodes:
+        waiting = [output]
+        while waiting:
+            node = through(waiting.pop())
+            if node.op == "call_function" and node.target in LAYERS:
+                found.add(node.name)
+            elif node.op == "call_function" and node.target in JOINS:
+                waiting += node.args[0]
+            elif node.op == "call_function" and node.target in PARTS:
+                waiting.append(node.args[0])
+            else:
+                raise ValueError(
+                    "heads: every output must come from a linear layer or a convolution, with nothing in between but "
+                    f"reshapes and concatenations, got '{output.name}' from '{node.name}' ({node.op} {node.target})"
+                )
+    return [node.name for node in module.graph.nodes if node.name in found]

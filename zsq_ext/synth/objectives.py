@@ -77,7 +77,7 @@ def bn_statistics_loss(
 
     Source: SynQ (arXiv 2603.18423), eq. 1, and its released code.
     """
-    layers = _check_layers("bn_statistics_loss", found, target)
+    layers = check_layers("bn_statistics_loss", found, target)
     if form not in ("mean_var", "mean_std"):
         raise ValueError(f'bn_statistics_loss: form must be "mean_var" or "mean_std", got {form!r}')
     if weights is None:
@@ -90,7 +90,7 @@ def bn_statistics_loss(
     else:
         shares = tuple(w / layers for w in weights)
         gap = (found.variance + std_eps).sqrt() - (target.variance + std_eps).sqrt()
-    return _weighted(found, target, gap, shares)
+    return weighted(found, target, gap, shares)
 
 
 def split_index(layers: int) -> int:
@@ -129,13 +129,13 @@ def layered_bn_statistics_loss(found: Statistics, centres: Statistics, *, divide
 
     Source: SynQ's released code, after TexQ.
     """
-    layers = _check_layers("layered_bn_statistics_loss", found, centres)
+    layers = check_layers("layered_bn_statistics_loss", found, centres)
     divisors = {"layers": layers, "released": layers * RELEASED_LBNS_BATCH}
     if divide_by not in divisors:
         raise ValueError(f'layered_bn_statistics_loss: divide_by must be "layers" or "released", got {divide_by!r}')
     split, divisor = split_index(layers), divisors[divide_by]
     shares = tuple(0.0 if n < split else 1 / (c * divisor) for n, c in enumerate(found.channels))
-    return _weighted(found, centres, found.variance - centres.variance, shares)
+    return weighted(found, centres, found.variance - centres.variance, shares)
 
 
 def calibration_centre_weights(layers: int, shallow: float = 0.2, deep: float = 1.1) -> list[float]:
@@ -171,8 +171,8 @@ def calibration_centre_loss(found: Statistics, target: Statistics) -> Tensor:
     return bn_statistics_loss(found, target, weights=calibration_centre_weights(len(found.channels)))
 
 
-def _weighted(found: Statistics, target: Statistics, gap: Tensor, shares: tuple[float, ...]) -> Tensor:
-    """The squared gaps of mean and spread, summed with one weight per layer."""
+def weighted(found: Statistics, target: Statistics, gap: Tensor, shares: tuple[float, ...]) -> Tensor:
+    """The squared gaps of mean and spread, summed with one weight per layer (and over rows, if there are any)."""
     mean = found.mean
     each = (mean - target.mean).square() + gap.square()
     return (_by_channel(shares, found.channels, mean.dtype, mean.device) * each).sum()
@@ -268,7 +268,8 @@ def focal_ce(
     return each.mean() if reduction == "mean" else each
 
 
-def _check_layers(function: str, found: Statistics, target: Statistics) -> int:
+def check_layers(function: str, found: Statistics, target: Statistics) -> int:
+    """How many layers there are, if both have the same."""
     if found.channels != target.channels:
         raise ValueError(
             f"{function}: statistics and targets must have the same layers, "

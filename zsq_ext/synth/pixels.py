@@ -123,17 +123,22 @@ class Plateau:
     """ReduceLROnPlateau with its whole state on the device, so that no step waits for the host.
 
     Lowers ``lr`` by ``factor``, not below ``min_lr``, when the loss has not fallen by a relative 1e-4 for more than
-    ``patience`` steps: torch's scheduler with its defaults.
+    ``patience`` steps: torch's scheduler with its defaults. With ``reset`` the best loss is forgotten at every such
+    cut, as in DGH's released code: what follows has to improve on itself, so cuts are at least patience + 2 steps
+    apart.
     """
 
     THRESHOLD = 1e-4
     EPS = 1e-8  # a smaller reduction is not made
+    NONE = torch.finfo(torch.float32).max  # "no best yet"; an infinity would look like a poisoned state
 
-    def __init__(self, lr: float, factor: float, patience: int, min_lr: float, device: torch.device) -> None:
+    def __init__(
+        self, lr: float, factor: float, patience: int, min_lr: float, device: torch.device, *, reset: bool = False
+    ) -> None:
         self.lr = torch.tensor(lr, device=device)
-        self.best = torch.tensor(float("inf"), device=device)
+        self.best = torch.tensor(self.NONE, device=device)
         self.waited = torch.zeros((), device=device)
-        self.factor, self.patience, self.min_lr = factor, patience, min_lr
+        self.factor, self.patience, self.min_lr, self.reset = factor, patience, min_lr, reset
 
     def step(self, loss: Tensor) -> None:
         """Sees one loss, 0-d on the device, and moves ``lr`` in place."""
@@ -144,6 +149,8 @@ class Plateau:
         lower = torch.clamp_min(self.lr * self.factor, self.min_lr)
         self.lr.copy_(torch.where(over & (self.lr - lower > self.EPS), lower, self.lr))
         self.waited.copy_(torch.where(over, 0.0, self.waited))
+        if self.reset:
+            self.best.copy_(torch.where(over, self.NONE, self.best))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"lr": self.lr, "best": self.best, "waited": self.waited}

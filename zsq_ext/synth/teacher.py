@@ -35,6 +35,7 @@ class Teacher:
 
     Attributes:
         target: the statistics that the batch norms have stored.
+        places: how many values of an image each channel's sum adds up, (sum of C_l,).
 
     Raises:
         ValueError: the network has no batch norm, so it stores nothing that images could be matched to.
@@ -53,10 +54,9 @@ class Teacher:
             [attribute(module, str(tap.mean)).float() for tap in taps],
             [attribute(module, str(tap.var)).float() for tap in taps],
         )
-        # how many values of an image each channel's sums add up
         places = [math.prod(int(n) for n in find(module, tap.input).meta["val"].shape[2:]) for tap in taps]
         channels = torch.tensor(self.target.channels)
-        self._places = torch.tensor(places).repeat_interleave(channels).to(self.target.mean)
+        self.places = torch.tensor(places).repeat_interleave(channels).to(self.target.mean)
 
     def sums(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One forward, differentiable in the images.
@@ -70,7 +70,7 @@ class Teacher:
 
     def statistics_of(self, s1: Tensor, s2: Tensor, images: int) -> Statistics:
         """Mean and biased variance per channel from the sums over that many images."""
-        mean, variance = statistics_of(s1, s2, self._places * images, self.target.mean)
+        mean, variance = statistics_of(s1, s2, self.places * images, self.target.mean)
         return Statistics(mean, variance, self.target.channels)
 
     def observe(self, images: Tensor, labels: Tensor) -> Context:

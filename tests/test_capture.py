@@ -456,19 +456,20 @@ def test_a_batch_norm_that_never_runs():
 
 
 @pytest.mark.parametrize(
-    ("head", "got"),
+    ("head", "match"),
     [
-        (lambda x: x, r"\(2, 4, 8, 8\)"),
-        (lambda x: (x, x), "tuple"),
-        (lambda x: {"logits": x}, "dict"),
-        (lambda x: x.mean([1, 2, 3]), r"\(2,\)"),
-        (lambda x: x.mean([2, 3]).t(), r"\(4, 2\)"),
+        (lambda x: x.argmax(1), "logits, or dicts, lists and tuples of floating-point tensors, got torch.int64"),
+        (lambda x: {"logits": x, "aux": [x, None]}, "floating-point tensors, got NoneType at 'aux.1'"),
+        (lambda x: {"logits": (x, {3})}, "floating-point tensors, got set at 'logits.1'"),
+        (lambda x: x.mean([1, 2, 3]), r"first dimension is the batch \(2\), .* got \(2,\)"),
+        (lambda x: [x, x.mean([2, 3]).t()], r"first dimension is the batch \(2\), .* got \(4, 2\) at '1'"),
+        (lambda x: {"heads": []}, "at least one tensor, got none"),
     ],
 )
-def test_an_output_that_is_not_logits(head, got):
+def test_an_output_that_holds_something_else(head, match):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
     model.forward = lambda x, run=model.forward: head(run(x))
-    with pytest.raises(ValueError, match=f"capture: the model must return .*logits.* got {got}"):
+    with pytest.raises(ValueError, match=f"capture: the model must return .*{match}"):
         capture(model, torch.zeros(2, 3, 8, 8))
 
 

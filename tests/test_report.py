@@ -278,6 +278,17 @@ def test_report_survives_what_is_not_finite(run, tmp_path):
     assert "undefined" in page
 
 
+def test_report_of_a_network_without_classes(run, tmp_path):
+    layers = (Layer("a", "weight", 8, 30.0, math.nan, 40.0), Layer("b", "weight", 2, 10.0, math.nan, 20.0))
+    outputs = {"classes.0": 31.27, "boxes.0": 18.44}
+    result = dataclasses.replace(run[0], quality=Quality(4, math.nan, math.nan, layers, outputs_db=outputs))
+    page = write(result, tmp_path).read_text()
+    assert "<b>18.4 dB</b><span>worst output, " in page
+    assert "classes.0 31.3, boxes.0 18.4" in page
+    assert "output alone (dB)" in page
+    assert "divergence alone" not in page
+
+
 def test_report_of_nothing_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least one run"):
         write_report(tmp_path, title="x", results={})

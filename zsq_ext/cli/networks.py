@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -257,7 +258,8 @@ def _show(method: str, result: Result) -> None:
         ("top-1, best epoch (%)", result.top1_best, ".2f"),
         ("agreement with the teacher (%)", quality.agreement, ".2f"),
         ("KL(teacher || student)", quality.kl, ".4g"),
+        *((f"SQNR of {path or 'the output'} (dB)", db, ".1f") for path, db in quality.outputs_db.items()),
         ("seconds", result.seconds, ".0f"),
     ]
-    shown = [[name, format(value, form)] for name, value, form in rows if value is not None]
+    shown = [[name, format(value, form)] for name, value, form in rows if value is not None and not isnan(value)]
     table([method, result.qconfig.label], shown, numeric=True)

@@ -15,13 +15,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
 
-from zsq_ext.quant.graph import CONVOLUTIONS, LINEARS, attribute, batch_norms, module_of, through
+from zsq_ext.quant.frozen import thaw
+from zsq_ext.quant.graph import CONVOLUTIONS, LINEARS, attribute, batch_norms, leaves, module_of, through
 
 aten = torch.ops.aten
 
@@ -53,10 +56,13 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
     The graph has a dynamic batch, keeps the model's parameter and buffer names, and has no in-place operator, no
     dropout and no training-mode switch left, so ``train()`` and ``eval()`` on it are harmless. It owns copies: the
     caller's model is not touched. Its forward hooks run once, on a copy; a hook that only looks is left out of the
-    graph, one that changes the output is part of it.
+    graph, one that changes the output is part of it. A frozen batch norm, which detectors have, is captured as the
+    batch norm that it equals.
 
     Args:
-        model: a network with one image batch in and one tensor (N, num_classes) out.
+        model: a network with one image batch in and logits (N, num_classes) out, or heads: dicts, lists and tuples,
+            nested as they like, of floating-point tensors whose first dimension is the batch. The graph returns the
+            same; of a dict's or tuple's subclass it keeps what it holds.
         example: an input batch (N >= 2, C, H, W), floating point, on the device to work on; its values do not matter.
 
     Returns:
@@ -64,8 +70,8 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
 
     Raises:
         TypeError: the model is not a module, or the example not a floating-point tensor.
-        ValueError: the model has no parameters, cannot be copied, rejects the example, or does not return one (N, K)
-            tensor.
+        ValueError: the model has no parameters, cannot be copied, rejects the example, or does not return tensors of
+            its batch.
         NotImplementedError: the model cannot be one graph (control flow that depends on the data, a fixed batch size,
             a tensor changed behind a view), computes a layer's weight while it runs, or has batch norms that it never
             runs or that keep no running statistics. The message names the module.
@@ -87,7 +93,7 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
                 program = export(own, (example.clone(),), dynamic_shapes=({0: Dim("batch")},), strict=False)
         except _MODEL_ERRORS as error:
             raise NotImplementedError(_why_not(error, where())) from error
-    module = _functional(program.module(check_guards=False))
+    module = _functional(program.module(check_guards=False), program.call_spec.out_spec)
     _check_weights(own, module)
     _check_batch_norms(own, module)
     _check_values(own, module, example)
@@ -117,13 +123,13 @@ def _own(model: nn.Module, example: Tensor) -> nn.Module:
         own = copy.deepcopy(model)
     except _MODEL_ERRORS as error:
         raise ValueError(f"capture: the model cannot be copied: {_first_line(error)}") from error
-    return own.to(example.device).eval().requires_grad_(False)
+    return thaw(own.to(example.device).eval()).requires_grad_(False)
 
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def _without_looking_hooks(own: nn.Module, example: Tensor, expected: Tensor) -> nn.Module:
+def _without_looking_hooks(own: nn.Module, example: Tensor, expected: object) -> nn.Module:
     """Removes all forward hooks if the output does not depend on them.
 
     A hook that records would otherwise be handed the tracer's tensors, and one that prints a value would end the trace.
@@ -135,7 +141,8 @@ def _without_looking_hooks(own: nn.Module, example: Tensor, expected: Tensor) ->
     for d in hooks:
         d.clear()
     try:
-        same = torch.equal(own(example.clone()), expected)
+        again, before = leaves(own(example.clone())), leaves(expected)
+        same = again.keys() == before.keys() and all(map(torch.equal, again.values(), before.values()))
     except _MODEL_ERRORS:
         same = False
     if not same:
@@ -145,13 +152,22 @@ def _without_looking_hooks(own: nn.Module, example: Tensor, expected: Tensor) ->
 
 
 def _check_output(output: object, example: Tensor) -> None:
-    if not isinstance(output, Tensor):
-        raise ValueError(f"capture: the model must return one tensor of logits, got {type(output).__name__}")
-    if output.ndim != 2 or output.shape[0] != example.shape[0]:
-        raise ValueError(
-            f"capture: the model must return logits of shape ({example.shape[0]}, num_classes), "
-            f"got {tuple(output.shape)}"
-        )
+    found = leaves(output)
+    for path, leaf in found.items():
+        where = f" at '{path}'" if path else ""
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(
+                "capture: the model must return logits, or dicts, lists and tuples of floating-point tensors, "
+                f"got {got}{where}"
+            )
+        if leaf.ndim < 2 or leaf.shape[0] != example.shape[0]:
+            raise ValueError(
+                f"capture: the model must return tensors whose first dimension is the batch ({example.shape[0]}), such "
+                f"as logits (N, num_classes), got {tuple(leaf.shape)}{where}"
+            )
+    if not found:
+        raise ValueError("capture: the model must return at least one tensor, got none")
 
 
 def _check_weights(own: nn.Module, module: fx.GraphModule) -> None:
@@ -210,13 +226,14 @@ def _check_values(model: nn.Module, module: fx.GraphModule, example: Tensor) -> 
         raise NotImplementedError(
             f"capture: the captured graph does not run at batch size 3: {_first_line(error)}"
         ) from error
-    # not bitwise: a GPU may choose another convolution algorithm; half of the digits must agree
-    level = expected.nan_to_num(0, 0, 0).abs().amax() * torch.finfo(expected.dtype).eps ** 0.5
-    if got.dtype != expected.dtype or not torch.allclose(got, expected, rtol=0, atol=level.item(), equal_nan=True):
-        raise NotImplementedError(
-            "capture: the captured graph does not compute what the model computes; a model that draws random numbers "
-            "in eval mode, or remembers earlier calls, cannot be captured"
-        )
+    for one, other in zip(leaves(expected).values(), leaves(got).values(), strict=True):
+        # not bitwise: a GPU may choose another convolution algorithm; half of the digits must agree
+        level = one.nan_to_num(0, 0, 0).abs().amax() * torch.finfo(one.dtype).eps ** 0.5
+        if other.dtype != one.dtype or not torch.allclose(other, one, rtol=0, atol=level.item(), equal_nan=True):
+            raise NotImplementedError(
+                "capture: the captured graph does not compute what the model computes; a model that draws random "
+                "numbers in eval mode, or remembers earlier calls, cannot be captured"
+            )
 
 
 @contextmanager
@@ -282,8 +299,8 @@ def _quiet_if_it_fails() -> Iterator[None]:
         sys.stderr.write(printed.getvalue())
 
 
-def _functional(program: fx.GraphModule) -> fx.GraphModule:
-    """Replaces in-place operators by their functional twins, drops no-ops, and returns the bare output."""
+def _functional(program: fx.GraphModule, returned: pytree.TreeSpec) -> fx.GraphModule:
+    """Replaces in-place operators by their functional twins, drops no-ops, and returns what the model returns."""
     graph = program.graph
     for node in list(graph.nodes):
         if node.op == "call_function":
@@ -296,9 +313,8 @@ def _functional(program: fx.GraphModule) -> fx.GraphModule:
         if node.target is aten.view.default:  # which only some strides admit, and not channels_last
             node.target = aten.reshape.default
     output = graph.output_node()
-    (value,) = output.args[0]
-    output.args = (value,)
-    graph.set_codegen(fx.graph.CodeGen())  # plain forward(x) -> tensor instead of export's pytrees
+    output.args = (_plain(pytree.tree_unflatten(list(output.args[0]), returned)),)
+    graph.set_codegen(fx.graph.CodeGen())  # plain forward(x) instead of export's pytrees
     for node in reversed(list(graph.nodes)):
         # guards, counters, and assertions on dtype and device that a later .to() would break
         idle = node.op in ("call_module", "get_attr") or _name(node).startswith(("_assert", "sym_constrain"))
@@ -312,6 +328,15 @@ def _functional(program: fx.GraphModule) -> fx.GraphModule:
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return module.eval()
+
+
+def _plain(value: Any) -> Any:
+    """Dicts, lists and tuples themselves: the graph's code can write no others."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(_plain(item) for item in value)
+    return value
 
 
 def _check_operator(node: fx.Node) -> None:

@@ -20,9 +20,10 @@ class QConfig:
         a_bits: bits of the activations, 2 to 8; None quantizes weights only.
         placement: ``"after_relu"``: behind every activation function and nowhere else (the ZeroQ, GDFQ, SynQ lineage:
             the image, the pooled features and linear bottlenecks stay float). ``"all_layers"``: the image, what leaves
-            every layer, the additions and the logits, as integer hardware needs it.
+            every layer, the additions and the outputs, as integer hardware needs it.
         edge_bits: bits of the first and last layer (weights, the last layer's input, and with ``"all_layers"`` the
-            image and the logits); None gives them the same bits as all others.
+            image and the outputs); None gives them the same bits as all others. A last layer is one that no other
+            layer follows: in a network with several heads each head has its own.
         sites: bits of single sites by name, over everything above. Names as ``prepare`` reports them.
         a_range: how an activation's range follows the batches. ``"ema"``: bias-corrected moving average of the
             extremes; ``"legacy_ema"``: the released recursion, for parity; ``"minmax"``: running extremes (ZeroQ);

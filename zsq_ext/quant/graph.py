@@ -7,6 +7,7 @@ quantizers were inserted; nodes keep their names, so a node name of the teacher 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -134,6 +135,31 @@ def batch_norms(module: fx.GraphModule) -> list[BatchNorm]:
     return found
 
 
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """What dicts, lists and tuples hold, by its path: ``{"boxes": [a, b]}`` gives ``boxes.0`` and ``boxes.1``.
+
+    What is none of them has the empty path.
+    """
+    if isinstance(value, dict):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        items = [(str(i), item) for i, item in enumerate(value)]
+    else:
+        return {path: value}
+    return {name: leaf for key, item in items for name, leaf in leaves(item, f"{path}.{key}" if path else key).items()}
+
+
+def outputs(module: fx.GraphModule) -> dict[str, fx.Node]:
+    """The nodes whose tensors the network returns, by their path: ``""`` alone where it returns one tensor."""
+    return leaves(module.graph.output_node().args[0])
+
+
+def is_classifier(module: fx.GraphModule) -> bool:
+    """True if the network returns logits: one tensor (N, K). Every other network is seen as heads without classes."""
+    output = module.graph.output_node().args[0]
+    return isinstance(output, fx.Node) and output.meta["val"].ndim == 2
+
+
 def is_relu(node: fx.Node) -> bool:
     """ReLU, ReLU6 or a clamp that is one of them."""
     if node.op != "call_function" or node.target not in RELUS:
@@ -186,6 +212,16 @@ def readers(node: fx.Node) -> list[fx.Node]:
             found += readers(user)
         elif user.target is not aten.sym_size.int:
             found.append(user)
+    return found
+
+
+def before_a_layer(module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose values a convolution or linear reads, at once or later; the other layers are the last ones."""
+    found: set[fx.Node] = set()
+    for node in reversed(module.graph.nodes):
+        users = [user for user in node.users if user.target is not aten.sym_size.int]
+        if any(user in found or (user.op == "call_function" and user.target in LAYERS) for user in users):
+            found.add(node)
     return found
 
 

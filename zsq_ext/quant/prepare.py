@@ -11,9 +11,9 @@ from torch import fx
 
 from zsq_ext.ops import fake_quant_minmax
 from zsq_ext.quant.config import QConfig
-from zsq_ext.quant.graph import LAYERS, attribute, find
+from zsq_ext.quant.graph import LAYERS, attribute, before_a_layer, calls, find
 from zsq_ext.quant.modules import ActivationQuantizer, WeightQuantizer, weight_range
-from zsq_ext.quant.sites import Activation, Weight, activations_after_relu, activations_all_layers, weights
+from zsq_ext.quant.sites import Activation, activations_after_relu, activations_all_layers, weights
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,11 @@ def plan(module: fx.GraphModule, config: QConfig) -> list[Site]:
     if not found:
         raise ValueError("plan: the network has no convolution or linear layer with a parameter to quantize")
     sites = []
+    early = before_a_layer(module)
+    last = [layer for layer in calls(module, LAYERS) if layer not in early]
+    ends = {layer.name for layer in last}
     for weight in found:
-        edge = weight in (found[0], found[-1])
+        edge = weight is found[0] or not ends.isdisjoint(weight.users)
         bits = config.edge_bits if edge and config.edge_bits is not None else config.w_bits
         sites.append(Site(weight.name, "weight", weight.node, config.sites.get(weight.name, bits), weight.axis))
     if config.a_bits is not None:
@@ -46,7 +49,7 @@ def plan(module: fx.GraphModule, config: QConfig) -> list[Site]:
         activations = rule(module)
         if not activations:
             raise ValueError(f"plan: the network has no activation to quantize under placement {config.placement!r}")
-        read = _read_by(module, found[-1], activations)
+        read = _read_by(last, activations)
         for site in activations:
             edge = site.role != "activation" or site.node in read
             bits = config.edge_bits if edge and config.edge_bits is not None else config.a_bits
@@ -131,10 +134,10 @@ def weights_together(student: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(student, graph, class_name="Together")
 
 
-def _read_by(module: fx.GraphModule, weight: Weight, activations: list[Activation]) -> set[str]:
-    """The nodes of the activations whose values reach the layer of that weight with no other layer between."""
+def _read_by(layers: list[fx.Node], activations: list[Activation]) -> set[str]:
+    """The nodes of the activations whose values reach one of the layers with no other layer between."""
     nodes = {site.node for site in activations}
-    todo, found = [find(module, weight.users[-1]).args[0]], set()
+    todo, found = [layer.args[0] for layer in layers], set()
     while todo:
         node = todo.pop()
         if node.name in nodes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from zsq_ext.quant.config import QConfig
-from zsq_ext.quant.graph import find, with_taps
+from zsq_ext.quant.graph import find, is_classifier, leaves, outputs, with_taps
 from zsq_ext.quant.prepare import Site, plan
 
 BATCH = 32
@@ -25,8 +25,9 @@ class Layer:
     """One site: how well its values survive (SQNR) and what quantizing it alone costs (sensitivity).
 
     ``sqnr_db`` compares the site's tensor in the quantized and in the float network, errors of earlier layers
-    included; it is infinite where nothing was lost. ``kl_alone`` is the divergence of the float network with this one
-    site quantized, in nats.
+    included; it is infinite where nothing was lost. The others are of the float network with this one site quantized:
+    ``kl_alone`` its divergence in nats, NaN for a network that is no classifier, and ``output_db_alone`` the SQNR of
+    its worst output.
     """
 
     site: str
@@ -34,6 +35,7 @@ class Layer:
     bits: int
     sqnr_db: float
     kl_alone: float
+    output_db_alone: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Quality:
     ``agreement`` is the percentage of images on which student and teacher predict the same class, ``kl`` the mean
     divergence KL(teacher || student) in nats, ``layers`` one row per site in execution order. ``unseen`` is False where
     there were no such images and the tuned ones had to serve: the figures flatter then.
+
+    ``outputs_db`` is the SQNR of every tensor that the network returns, by its path (``"boxes.0"``, ``""`` for a lone
+    one). A network that is no classifier has nothing else: its agreement and divergence are NaN.
     """
 
     images: int
@@ -50,27 +55,36 @@ class Quality:
     kl: float
     layers: tuple[Layer, ...]
     unseen: bool = True
+    outputs_db: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """The two figures, and a line per layer."""
+        """The figures, and a line per layer."""
         whose = "held-out" if self.unseen else "tuned"
         width = max((len(layer.site) for layer in self.layers), default=0)
+        classifier = not math.isnan(self.kl)
         rows = [
-            f"{layer.site:{width}}  {layer.kind:10}  {layer.bits} bits  "
-            f"{layer.sqnr_db:6.1f} dB  {layer.kl_alone:.4f} nats"
+            f"{layer.site:{width}}  {layer.kind:10}  {layer.bits} bits  {layer.sqnr_db:6.1f} dB  "
+            + (f"{layer.kl_alone:.4f} nats" if classifier else f"{layer.output_db_alone:6.1f} dB")
             for layer in self.layers
         ]
-        head = f"agreement {self.agreement:.1f} %, KL {self.kl:.4f} nats on {self.images} {whose} images"
-        return "\n".join([head, "by layer: SQNR in place, KL of quantizing it alone", *rows])
+        if classifier:
+            head = f"agreement {self.agreement:.1f} %, KL {self.kl:.4f} nats on {self.images} {whose} images"
+            return "\n".join([head, "by layer: SQNR in place, KL of quantizing it alone", *rows])
+        figures = ", ".join(f"{path or 'output'} {db:.1f} dB" for path, db in self.outputs_db.items())
+        head = f"SQNR of the outputs: {figures} on {self.images} {whose} images"
+        return "\n".join([head, "by layer: SQNR in place, SQNR of the worst output when it alone is quantized", *rows])
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: None stands for it."""
-        layers = [asdict(layer) for layer in self.layers]
-        for layer in layers:
-            if math.isinf(layer["sqnr_db"]):
-                layer["sqnr_db"] = None
-        figures = {"images": self.images, "unseen": self.unseen, "agreement": self.agreement, "kl": self.kl}
-        return {**figures, "layers": layers}
+        """For JSON, which has neither infinity nor NaN: None stands for them."""
+        return _finite(asdict(self))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @torch.no_grad()
@@ -94,7 +108,7 @@ def measure(
         advance: called with the number of images that were just done.
 
     Returns:
-        Agreement, divergence, and a row per site.
+        Agreement, divergence, the outputs' SQNR, and a row per site.
 
     Raises:
         ValueError: there is no image.
@@ -105,23 +119,51 @@ def measure(
     behind = [_quantizer_behind(student, site) for site in sites]
     tapped = with_taps(teacher, [site.node for site in sites]), with_taps(student, [node.name for node in behind])
     alone = [_with_one(teacher, student, *pair) for pair in zip(sites, behind, strict=True)]
+    classifier = is_classifier(teacher)
+    paths = list(outputs(teacher))
+
+    def zeros(*shape: int) -> Tensor:
+        return images.new_zeros(shape, dtype=torch.float64)
+
     # sums over the images; the device is read once, at the end
-    signal, noise, kl_alone = (images.new_zeros(len(sites), dtype=torch.float64) for _ in range(3))
-    agree, kl = (images.new_zeros((), dtype=torch.float64) for _ in range(2))
+    agree, kl, kl_alone, inside = zeros(), zeros(), zeros(len(sites)), zeros(2, len(sites))
+    whole, whole_alone = zeros(2, len(paths)), zeros(2, len(sites), len(paths))
     for chunk in images.split(BATCH):
         (expected, before), (got, after) = (network(chunk) for network in tapped)
-        agree += (got.argmax(1) == expected.argmax(1)).sum()
-        kl += _kl(expected, got)
-        for i, (reference, value, network) in enumerate(zip(before, after, alone, strict=True)):
-            signal[i] += reference.double().square().sum()
-            noise[i] += (reference - value).double().square().sum()
-            kl_alone[i] += _kl(expected, network(chunk))
+        inside += _powers(before, after)
+        whole += _powers(leaves(expected).values(), leaves(got).values())
+        if classifier:
+            agree += (got.argmax(1) == expected.argmax(1)).sum()
+            kl += _kl(expected, got)
+        for i, network in enumerate(alone):
+            result = network(chunk)
+            whole_alone[:, i] += _powers(leaves(expected).values(), leaves(result).values())
+            if classifier:
+                kl_alone[i] += _kl(expected, result)
         advance(len(chunk))
-    # 0 / 0 counts as nothing lost: a dead site stayed dead
-    sqnr = torch.where(noise == 0, math.inf, 10 * torch.log10(signal / noise))
-    rows = zip(sites, sqnr.tolist(), (kl_alone / len(images)).tolist(), strict=True)
-    layers = tuple(Layer(site.name, site.kind, site.bits, db, loss) for site, db, loss in rows)
-    return Quality(len(images), 100 * agree.item() / len(images), kl.item() / len(images), layers, unseen)
+    worst = _decibels(whole_alone).amin(1).tolist()
+    costs = (kl_alone / len(images)).tolist() if classifier else [math.nan] * len(sites)
+    by_site = zip(sites, _decibels(inside).tolist(), costs, worst, strict=True)
+    return Quality(
+        images=len(images),
+        agreement=100 * agree.item() / len(images) if classifier else math.nan,
+        kl=kl.item() / len(images) if classifier else math.nan,
+        layers=tuple(Layer(site.name, site.kind, site.bits, *figures) for site, *figures in by_site),
+        unseen=unseen,
+        outputs_db=dict(zip(paths, _decibels(whole).tolist(), strict=True)),
+    )
+
+
+def _powers(references: Iterable[Tensor], values: Iterable[Tensor]) -> Tensor:
+    """(2, T): the power of each of T tensors, and that of its error."""
+    pairs = [(reference.double(), value.double()) for reference, value in zip(references, values, strict=True)]
+    return torch.stack([torch.stack([a.square().sum(), (a - b).square().sum()]) for a, b in pairs], 1)
+
+
+def _decibels(powers: Tensor) -> Tensor:
+    """Signal to noise; 0 / 0 counts as nothing lost: a dead site stayed dead."""
+    signal, noise = powers
+    return torch.where(noise == 0, math.inf, 10 * torch.log10(signal / noise))
 
 
 def _with_one(teacher: fx.GraphModule, student: fx.GraphModule, site: Site, quantizer: fx.Node) -> fx.GraphModule:

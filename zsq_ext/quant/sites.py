@@ -16,11 +16,13 @@ from zsq_ext.quant.graph import (
     RESHAPES,
     TRANSPOSED,
     aten,
+    before_a_layer,
     calls,
     constants,
     is_activation,
     is_tensor,
     module_of,
+    outputs,
     readers,
     swish_gate,
     through,
@@ -66,8 +68,8 @@ class Weight:
 
 @dataclass(frozen=True)
 class Activation:
-    """One tensor to quantize: the node behind which the quantizer goes, and whether it is the image, the logits or
-    something between."""
+    """One tensor to quantize: the node behind which the quantizer goes, and whether it is the image, what the last
+    layers give (logits, boxes), or something between."""
 
     name: str
     node: str
@@ -101,21 +103,28 @@ def activations_after_relu(module: fx.GraphModule) -> list[Activation]:
 
 
 def activations_all_layers(module: fx.GraphModule) -> list[Activation]:
-    """The hardware-friendly placement: the image, what leaves every layer and every addition, and the logits.
+    """The hardware-friendly placement: the image, what leaves every layer and every addition, and the outputs.
 
     A layer is a convolution or linear with the batch norm and activation that follow it alone; an addition takes the
     activation that follows it alone. Pooling that averages and concatenation make new values and get their own site;
     what only passes values on (max-pooling, reshaping, splitting, padding) keeps the grid it reads.
+
+    What the network returns is called ``output``, or ``output:<path>`` if it returns several tensors, such as
+    ``output:boxes.0``. The role is "output" wherever no layer follows, so also for what a concatenation of heads joins,
+    and not for a feature map that is returned on its way.
     """
     sites = []
-    last = through(module.graph.output_node().args[0])
+    names: dict[fx.Node, str] = {}
+    for path, leaf in outputs(module).items():
+        names.setdefault(through(leaf), f"output:{path}" if path else "output")
+    early = before_a_layer(module)
     fixed = constants(module.graph)
     for node in module.graph.nodes:
         if node.op == "placeholder":
             sites.append(Activation("input", node.name, "input"))
         elif node not in fixed and _makes_values(node) and not _continues(node):
-            role: Literal["activation", "output"] = "output" if node is last else "activation"
-            sites.append(Activation("output" if node is last else _site_name(node), node.name, role))
+            role: Literal["activation", "output"] = "activation" if node in early else "output"
+            sites.append(Activation(names.get(node) or _site_name(node), node.name, role))
     return sites
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,15 +22,18 @@ from zsq_ext.quant.graph import (
     constants,
     find,
     is_activation,
+    is_classifier,
     is_relu,
     is_tensor,
     module_of,
+    outputs,
     readers,
     through,
     through_quantizer,
     upper_bound,
 )
 from zsq_ext.quant.sites import weights
+from zsq_ext.quant.units import units
 
 GLOBAL_POOLS = {aten.adaptive_avg_pool2d.default, aten.mean.dim, aten.avg_pool2d.default}
 JOINS = {aten.cat.default, aten.stack.default}
@@ -49,8 +52,8 @@ PARTS = {
 class Block:
     """A part of the network with one tensor in and one out, such as a residual unit.
 
-    ``input`` and ``output`` are nodes: each block reads what the one before it yields. A weight that two blocks share
-    is listed by both.
+    ``input`` and ``output`` are nodes: each block reads what the one before it yields, or, in a network with several
+    outputs, what any earlier node does. A weight that two blocks share is listed by both.
     """
 
     name: str
@@ -99,25 +102,37 @@ def blocks(module: fx.GraphModule) -> list[Block]:
     join the one before. An inverted residual without a shortcut is one chain of convolutions with such a cut behind
     each; it is taken as one block all the same (as BRECQ does), because its output, a linear bottleneck, is where the
     network was designed to carry everything on.
+
+    Behind the last cut of a network with several outputs, such as a detector's pyramid and heads, each residual unit
+    and each other layer is a block of its own; what joins the levels (additions, upsampling) belongs to none.
     """
-    pieces = _linear_bottlenecks(_pieces(module))
+    pieces, rest = _pieces(module)
     owner = {user: weight.name for weight in weights(module) for user in weight.users}
     found, entry = [], next(node for node in module.graph.nodes if node.op == "placeholder")
-    for piece in pieces:
-        layers = [node for node in piece if node.name in owner]
+
+    def add(entry: fx.Node, nodes: Sequence[fx.Node]) -> None:
+        layers = [node for node in nodes if node.name in owner]
         names = dict.fromkeys(owner[node.name] for node in layers)  # once each, in order
         # layers of a model that is one flat module have no module in common
-        name = _common_module(layers) or next(n.name for n in reversed(piece) if n.op == "call_function")
-        found.append(Block(name, entry.name, piece[-1].name, tuple(names)))
+        name = _common_module(layers) or next(n.name for n in reversed(nodes) if n.op == "call_function")
+        found.append(Block(name, entry.name, nodes[-1].name, tuple(names)))
+
+    for piece in _linear_bottlenecks(pieces):
+        add(entry, piece)
         entry = piece[-1]
+    for unit in units(rest):
+        add(unit.entry, unit.nodes)
     return found
 
 
-def _pieces(module: fx.GraphModule) -> list[list[fx.Node]]:
-    """The operators of the network between its bottlenecks, each piece with at least one layer."""
+def _pieces(module: fx.GraphModule) -> tuple[list[list[fx.Node]], list[fx.Node]]:
+    """The operators of the network between its bottlenecks, each piece with at least one layer.
+
+    And those behind the last bottleneck, which only a network with several outputs has.
+    """
     fixed = constants(module.graph)
     flow = [n for n in module.graph.nodes if n.op != "get_attr" and n not in fixed and n.op != "output"]
-    last_use: dict[fx.Node, int] = {module.graph.output_node().args[0]: len(flow)}
+    last_use = {leaf: len(flow) for leaf in outputs(module).values()}
     for i, node in enumerate(flow):
         for source in node.all_input_nodes if node.target is not aten.sym_size.int else ():
             last_use[source] = max(i, last_use.get(source, -1))
@@ -133,7 +148,7 @@ def _pieces(module: fx.GraphModule) -> list[list[fx.Node]]:
             pieces.append([])
     joined: list[list[fx.Node]] = []
     before: list[fx.Node] = []  # what comes before the first layer, such as a normalisation of the image
-    for piece in pieces:
+    for piece in pieces[:-1]:
         if any(n.target in LAYERS for n in piece):
             joined.append(before + piece)
             before = []
@@ -141,7 +156,7 @@ def _pieces(module: fx.GraphModule) -> list[list[fx.Node]]:
             joined[-1].extend(piece)
         else:
             before = before + piece
-    return joined
+    return joined, before + pieces[-1]
 
 
 def _linear_bottlenecks(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
@@ -185,6 +200,8 @@ def _ends_linear(piece: list[fx.Node]) -> bool:
 
 def classifier_tail(module: fx.GraphModule) -> ClassifierTail | None:
     """The tail that admits the closed-form CAM, or None if the network ends otherwise."""
+    if not is_classifier(module):
+        return None
     head = through_quantizer(module.graph.output_node().args[0])
     if head.target not in LINEARS:
         return None

@@ -193,7 +193,10 @@ def _figures(accuracy: Sequence[Accuracy], results: Mapping[str, Result]) -> Htm
         for row in accuracy
         if row.last is not None and (row.bits == "float" or row.name in results)
     ]
-    figures.append((f"{first.quality.agreement:.1f} %", f"agreement, {first.qconfig.label}"))
+    if math.isnan(first.quality.agreement):  # no classifier
+        figures.append((f"{min(first.quality.outputs_db.values()):.1f} dB", f"worst output, {first.qconfig.label}"))
+    else:
+        figures.append((f"{first.quality.agreement:.1f} %", f"agreement, {first.qconfig.label}"))
     figures.append((str(len(first.images)), "synthetic images"))
     figures.append((_duration(first.seconds), f"for {first.qconfig.label}"))
     cells = "".join(f"<div><b>{html.text(value)}</b><span>{html.text(name)}</span></div>" for value, name in figures)
@@ -235,38 +238,48 @@ def _quality(results: Mapping[str, Result]) -> Html:
     seen = [name for name, result in results.items() if not result.quality.unseen]
     for name, result in results.items():
         quality = result.quality
-        rows.append((name, quality.images, f"{quality.agreement:.2f}", f"{quality.kl:.4g}"))
+        figures = _number(quality.agreement, ".2f"), _number(quality.kl, ".4g")
+        outputs = ", ".join(f"{path} {_number(db, '.1f')}".strip() for path, db in quality.outputs_db.items())
+        rows.append((name, quality.images, *figures, outputs))
     words = (
         "Student against teacher on synthetic images that tuning never saw. Agreement is the share of images on which "
         "both predict the same class; the divergence is the mean of KL(teacher || student). Neither is an accuracy: on "
-        "real images the two networks may agree less, or be wrong together."
+        "real images the two networks may agree less, or be wrong together. The last column compares the values that "
+        "the networks return, signal to quantization noise; it is all there is to say of a network without classes."
     )
     if seen:
         words += f" In {', '.join(seen)} none were held out: the tuned images had to serve, and the figures flatter."
-    header = ("run", "images", "agreement (%)", "divergence (nats)")
+    header = ("run", "images", "agreement (%)", "divergence (nats)", "SQNR of the outputs (dB)")
     return Html(html.table(header, rows, numeric=(1, 2, 3)) + html.note(words))
 
 
 def _layers(result: Result) -> Html:
     layers = result.quality.layers
-    worst = max((layer.kl_alone for layer in layers if math.isfinite(layer.kl_alone)), default=0.0)
+    classes = not math.isnan(result.quality.kl)
+    # the noise's share of the worst output where there is no divergence
+    costs = [layer.kl_alone if classes else 10 ** (-layer.output_db_alone / 20) for layer in layers]
+    worst = max(filter(math.isfinite, costs), default=0.0)
     rows = [
         (
             layer.site,
             layer.kind,
             layer.bits,
             _number(layer.sqnr_db, ".1f"),
-            _number(layer.kl_alone, ".3g"),
-            html.bar(0, layer.kl_alone / worst if worst > 0 and math.isfinite(layer.kl_alone) else 0),
+            _number(layer.kl_alone, ".3g") if classes else _number(layer.output_db_alone, ".1f"),
+            html.bar(0, cost / worst if worst > 0 and math.isfinite(cost) else 0),
         )
-        for layer in layers
+        for layer, cost in zip(layers, costs, strict=True)
     ]
     words = (
         "Divergence alone: KL(teacher || teacher with only this site quantized), which says what the site costs. "
+        if classes
+        else "Output alone: signal to quantization noise of the worst output with only this site quantized. "
+    )
+    words += (
         "SQNR: signal to quantization noise of the site's values in the quantized network, errors of the layers before "
         "included."
     )
-    header = ("site", "kind", "bits", "SQNR (dB)", "divergence alone", "")
+    header = ("site", "kind", "bits", "SQNR (dB)", "divergence alone" if classes else "output alone (dB)", "")
     return Html(html.note(words) + html.table(header, rows, numeric=(2, 3, 4)))
 
 

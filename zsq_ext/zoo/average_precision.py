@@ -1,0 +1,69 @@
+"""Average precision of detections, as COCO counts it, by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+
+from zsq_ext.zoo.shape_scenes import Objects
+from zsq_ext.zoo.small_detector import Detections
+
+
+def average_precision(found: Sequence[Detections], truth: Objects) -> dict[str, float]:
+    """AP at an overlap of 0.5, and averaged over the overlaps 0.50, 0.55, ... 0.95, over all classes that occur.
+
+    Args:
+        found: one entry per image; at most 100 detections of an image count, the surest.
+        truth: what is in the same images, a row each.
+
+    Returns:
+        ``{"AP50": percent, "AP": percent}``.
+
+    Raises:
+        ImportError: pycocotools is not installed.
+        ValueError: the numbers of images differ, or there is no object to find.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise ImportError("average_precision: pycocotools must be installed: pip install zsq_ext[detection]") from error
+    if len(found) != len(truth.boxes):
+        raise ValueError(
+            f"average_precision: found must have an entry per image, got {len(found)} for {len(truth.boxes)} images"
+        )
+    objects = [
+        {"image_id": image, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for image, (boxes, labels) in enumerate(zip(truth.boxes, truth.labels, strict=True))
+        for box, label in zip(_width_and_height(boxes), labels.tolist(), strict=True)
+        if label >= 0
+    ]
+    if not objects:
+        raise ValueError("average_precision: truth must hold at least one object, got none")
+    results = [
+        {"image_id": image, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0, "score": score}
+        for image, one in enumerate(found)
+        for box, label, score in zip(
+            _width_and_height(one.boxes), one.labels.tolist(), one.scores.tolist(), strict=True
+        )
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):  # it narrates
+        expected, got = COCO(), COCO()
+        for data, annotations in ((expected, objects), (got, results)):
+            data.dataset = {
+                "images": [{"id": image} for image in range(len(found))],
+                "categories": [{"id": label} for label in sorted({row["category_id"] for row in objects})],
+                "annotations": [{"id": number, **row} for number, row in enumerate(annotations, 1)],
+            }
+            data.createIndex()
+        evaluation = COCOeval(expected, got, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {"AP50": 100 * float(evaluation.stats[1]), "AP": 100 * float(evaluation.stats[0])}
+
+
+def _width_and_height(boxes) -> list[list[float]]:
+    """COCO writes a box as x, y, width, height."""
+    return [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in boxes.tolist()]

@@ -239,6 +239,29 @@ def test_the_hardware_placement_of_a_linear_bottleneck():
     assert len(names) == 1 + 28 + 6 + 1 + 1  # image, layers with a batch norm, additions, pooling, logits
 
 
+def test_the_academic_placement_of_residual_units():
+    names = [a.name for a in sites.activations_academic(network("resnet20"))]
+    assert names == ["features.init_block.activ:relu"] + [
+        name
+        for n in range(9)
+        for unit in [f"features.stage{n // 3 + 1}.unit{n % 3 + 1}"]
+        for name in (f"{unit}.body.conv1.activ:relu_{2 * n + 1}", f"{unit}.activ:relu_{2 * n + 2}")
+    ]  # no image, no logits, no pooled features; neither branch of an addition before it
+
+
+def test_the_academic_placement_of_linear_bottlenecks():
+    module = network("mobilenet_small")
+    names = [a.name for a in sites.activations_academic(module)]
+    everywhere = [a.name for a in sites.activations_all_layers(module)]
+    assert [name for name in everywhere if name not in names] == [
+        "input",
+        *(f"features.{n}.conv.{2 if n == 1 else 3}:batch_norm_{3 * n - 1}" for n in (1, 3, 5, 6, 8, 9)),  # into a sum
+        "model:adaptive_avg_pool2d",
+        "output",
+    ]
+    assert "features.2.conv.3:batch_norm_5" in names  # into a layer
+
+
 def test_the_hardware_placement_of_everything_else():
     def run(self, x):
         x = self.stem(x)

@@ -74,6 +74,8 @@ def calibrated(teacher, images, *bits, **options):
 WEIGHTS = ["stem.weight", "conv.weight", "fc.weight"]
 AFTER_RELU = ["relu1:relu", "relu2:hardtanh"]
 ALL_LAYERS = ["input", "relu1:relu", "bn2:batch_norm_1", "relu2:hardtanh", "model:mean", "output"]
+ACADEMIC = ["relu1:relu", "relu2:hardtanh"]
+PLACED = [("after_relu", AFTER_RELU), ("all_layers", ALL_LAYERS), ("academic", ACADEMIC)]
 
 
 # Configuration
@@ -117,7 +119,7 @@ def test_a_configuration_survives_json_shapes_and_does_not_share_its_sites():
 # The plan
 
 
-@pytest.mark.parametrize(("placement", "activations"), [("after_relu", AFTER_RELU), ("all_layers", ALL_LAYERS)])
+@pytest.mark.parametrize(("placement", "activations"), PLACED)
 def test_sites(teacher, placement, activations):
     sites = plan(teacher, QConfig(3, 5, placement))
     assert [s.name for s in sites] == WEIGHTS + activations
@@ -139,6 +141,8 @@ def test_edge_bits(teacher):
 
     assert edges("after_relu") == ["stem.weight", "fc.weight", "relu2:hardtanh"]  # pooled, it is what fc reads
     assert edges("all_layers") == ["stem.weight", "fc.weight", "input", "model:mean", "output"]
+    # the first layer's output and what the last one reads, as BRECQ has it
+    assert edges("academic") == ["stem.weight", "fc.weight", "relu1:relu", "relu2:hardtanh"]
 
 
 def test_what_the_last_layer_reads_is_not_what_an_earlier_one_reads():
@@ -559,3 +563,52 @@ def test_distributed_training(teacher, images, process_group):
     assert grads
     for name, parameter in parallel.module.named_parameters():
         torch.testing.assert_close(parameter.grad, grads[name])
+
+
+# Learned steps
+
+
+def test_a_learned_step_becomes_a_range(teacher, images):
+    """The step to a few units in the last place, the zero-point exactly."""
+    factors = 0.25 + 4 * torch.rand(200, generator=torch.Generator().manual_seed(0))
+    for kind in ACTIVATION_RANGES:
+        student = calibrated(teacher, images, 4, 4, placement="all_layers", a_range=kind)
+        for quantizer in activation_quantizers(student):
+            start, zero_point, *_ = quantizer.params()
+            for factor in factors[:20]:
+                quantizer.set_step(start * factor)
+                scale, zero, *_ = quantizer.params()
+                torch.testing.assert_close(scale, start * factor, rtol=8 * 2**-24, atol=0)
+                assert torch.equal(zero, zero_point)
+            quantizer.forget()
+            assert quantizer.batches == 0
+            assert quantizer.range() == (0, 0)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_learned_step_becomes_a_weights_range(bits):
+    weight = (normal(200, 30) + torch.linspace(-9, 9, 200)[:, None]) * torch.logspace(-3, 3, 200)[:, None]
+    quantizer = WeightQuantizer("w", bits, 0, modules.weight_range(weight, 0, bits, "lp"))
+    start, zero_point, *_ = quantizer.params(weight)
+    wanted = start * (0.25 + 4 * torch.rand(200, generator=torch.Generator().manual_seed(0)))
+    quantizer.set_step(wanted)
+    scale, zero, qmin, qmax = quantizer.params(weight)
+    assert torch.equal(zero, zero_point)
+    # hi - lo cancels where the zero-point is far out: an ulp of the larger bound, in units of the width
+    far = torch.maximum((qmin - zero_point).abs(), (qmax - zero_point).abs()) / (qmax - qmin)
+    assert ((scale - wanted).abs() <= wanted * (4 + 2 * far) * 2**-24).all()
+
+
+def test_a_channel_that_a_range_cannot_say_keeps_its_own():
+    weight = torch.tensor(
+        [[1000.0, 1000.0, 1000.0001], [-1.0, 0.0, 2.0]]
+    )  # the first has its zero millions of steps off
+    quantizer = WeightQuantizer("w", 4, 0, modules.weight_range(weight, 0, 4, "lp"))
+    start, zero_point, *_ = quantizer.params(weight)
+    assert zero_point[0].abs() > 2**20
+    quantizer.set_step(start * 1.37)
+    scale, zero, *_ = quantizer.params(weight)
+    assert torch.equal(zero, zero_point)
+    torch.testing.assert_close(scale[1], start[1] * 1.37)
+    with pytest.raises(ValueError, match=r"^set_step: the range must be frozen"):
+        WeightQuantizer("w", 4, 0).set_step(start)

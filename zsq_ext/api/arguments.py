@@ -19,6 +19,7 @@ from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.ops import backend
 from zsq_ext.quant.capture import capture
+from zsq_ext.quant.graph import is_classifier
 from zsq_ext.tune.ideas import Idea, merge
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -105,8 +106,10 @@ def enter(
     if reason is not None:
         raise NotImplementedError(f"quantize: backend must be one that runs here, got {backend.choice()!r}: {reason}")
     teacher = capture(model, example)
-    classes = int(teacher(example).shape[1])
-    if wanted is not None and wanted != classes:
+    classes = int(teacher(example).shape[1]) if is_classifier(teacher) else None
+    if classes is None and num_classes is not None:
+        raise ValueError(f"quantize: num_classes must be left out for a model that is no classifier, got {num_classes}")
+    if classes is not None and wanted not in (None, classes):
         raise ValueError(f"quantize: num_classes must be the model's {classes} outputs, got {wanted}")
     teacher = teacher.to(device=example.device, memory_format=torch.channels_last)
     return teacher, replace(spec, num_classes=classes)
@@ -173,12 +176,13 @@ def given_images(
         return images.to(device)
     _check_images(images, labels, spec)
     images = images.detach().to(device)
-    if labels is None:
+    if labels is None and spec.num_classes is not None:
         with torch.no_grad():
             labels = torch.cat([teacher(chunk).argmax(1) for chunk in images.split(256)])
     # at random, because data sets often come sorted by label
     order = torch.randperm(len(images), generator=stream(seed, "held out")).to(device)
-    return hold_out(images[order], labels.to(device)[order], min(256, -(-len(images) // 8), len(images) - 1))
+    labels = None if labels is None else labels.to(device)[order]
+    return hold_out(images[order], labels, min(256, -(-len(images) // 8), len(images) - 1))
 
 
 def _check_images(images: Tensor, labels: Tensor | None, spec: InputSpec) -> None:
@@ -197,8 +201,10 @@ def _check_images(images: Tensor, labels: Tensor | None, spec: InputSpec) -> Non
         raise TypeError(f"quantize: labels must be an int64 tensor, got {got}")
     if labels.shape != images.shape[:1]:
         raise ValueError(f"quantize: labels must have shape ({len(images)},), got {tuple(labels.shape)}")
+    if spec.num_classes is None:
+        raise ValueError("quantize: labels must be left out for a network that is no classifier, got some")
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= int(spec.num_classes or 0):
+    if low < 0 or high >= spec.num_classes:
         raise ValueError(f"quantize: labels must be in [0, {spec.num_classes}), got {low} to {high}")
 
 
@@ -206,6 +212,11 @@ def check_test(test: Batches | None, spec: InputSpec) -> None:
     """Looks at the first batch of the test data, which would otherwise be met only after the images were made."""
     if test is None:
         return
+    if spec.num_classes is None:
+        raise ValueError(
+            "quantize: test must be left out for a network that is no classifier, whose accuracy is no top-1; "
+            "measure result.model"
+        )
     if not callable(test):
         raise TypeError(f"quantize: test must be a function that gives batches, got {type(test).__name__}")
     first = next(iter(test()), None)

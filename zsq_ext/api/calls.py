@@ -66,16 +66,19 @@ def quantize(
     """Turns a trained network into a low-bit one without any of its training data.
 
     Args:
-        model: the trained network: one image batch in, logits (N, K) out. It is not touched.
-        method: ``"synq"``, ``"hast"``, or a control: ``"minmax"`` (no tuning), ``"noise"``.
+        model: the trained network: one image batch in; logits (N, K) out, or for ``"dgh"`` any dicts and lists of
+            tensors, such as a detector's heads. It is not touched.
+        method: ``"synq"``, ``"hast"``, ``"dgh"``, or a control: ``"minmax"`` (no tuning), ``"noise"``.
         w_bits: bits of the weights, 2 to 8.
         a_bits: bits of the activations, 2 to 8; None quantizes the weights only.
         input_shape: (C, H, W) of an image; or give ``input_spec``.
         input_spec: shape and normalisation of the input.
         num_classes: number of labels; read off the model's output if left out.
         preset: size of the run: ``"smoke"``, minutes to see it work; ``"cifar"`` and ``"imagenet"``, the literature's.
-        profile: the variant where a paper and its released code differ, for ``"synq"``: ``"repo"`` or ``"paper"``.
-        tune: how the images are used: ``"qat"`` or ``"none"``; None leaves it to the method.
+        profile: the variant where sources differ, for ``"synq"``: ``"repo"`` or ``"paper"``; for ``"dgh"``: ``"repo"`` or
+            ``"mct"``.
+        tune: how the images are used: ``"qat"``, ``"brecq"``, ``"genie_m"``, ``"adaround"`` or ``"none"``; None leaves
+            it to the method.
         ideas: published ideas to add to the method, such as ``LowPass(d0=8)``; one of a kind replaces the method's own.
         placement, edge_bits, sites: see ``QConfig``; None leaves them to the method.
         a_range, w_range: how ranges are found, see ``QConfig``; None leaves it to the tuning.

@@ -30,8 +30,8 @@ Mean = Annotated[str | None, typer.Option(help="The input's mean per channel, su
 Std = Annotated[str | None, typer.Option(help="The input's standard deviation per channel.")]
 NumClasses = Annotated[int | None, typer.Option(help="Number of labels, where --data does not say it.")]
 Preset = Annotated[str, typer.Option(help="Size of the run: smoke (minutes), cifar, imagenet.")]
-Profile = Annotated[str | None, typer.Option(help="Variant where paper and code differ: repo, paper.")]
-Method = Annotated[str, typer.Option(help="synq, hast, or a control: minmax, noise.")]
+Profile = Annotated[str | None, typer.Option(help="Variant where sources differ: repo, paper (synq), mct (dgh).")]
+Method = Annotated[str, typer.Option(help="synq, hast, dgh, or a control: minmax, noise.")]
 Seed = Annotated[int, typer.Option(help="Of every random stream of the run.")]
 Device = Annotated[str | None, typer.Option(help="Where to work, such as cpu or cuda; the GPU if one is visible.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")]
@@ -50,11 +50,13 @@ def quantize(
     num_classes: NumClasses = None,
     preset: Preset = "smoke",
     profile: Profile = None,
-    tune: Annotated[str | None, typer.Option(help="How the images are used: qat or none.")] = None,
+    tune: Annotated[
+        str | None, typer.Option(help="How the images are used: qat, brecq, genie_m, adaround, none.")
+    ] = None,
     idea: Annotated[
         list[str] | None, typer.Option(help="An idea to add, such as 'LowPass(d0=8)'; may be repeated.")
     ] = None,
-    placement: Annotated[str | None, typer.Option(help="Rounded activations: after_relu, all_layers.")] = None,
+    placement: Annotated[str | None, typer.Option(help="Rounded activations: after_relu, academic, all_layers")] = None,
     edge_bits: Annotated[int | None, typer.Option(help="Bits of the first and last layer.")] = None,
     a_range: Annotated[str | None, typer.Option(help="Activation ranges: ema, minmax, lp, legacy_ema.")] = None,
     w_range: Annotated[str | None, typer.Option(help="Weight ranges: minmax, lp.")] = None,

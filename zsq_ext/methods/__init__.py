@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from zsq_ext.methods import controls, hast, synq
+from zsq_ext.methods import controls, dgh, hast, synq
+from zsq_ext.methods.ptq import reconstruction
 from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe, Tuning
 
@@ -33,11 +34,13 @@ class Method:
 METHODS = {
     "synq": Method("SynQ, ICLR 2025", synq.config, profiles=("repo", "paper")),
     "hast": Method("HAST, CVPR 2023: SynQ's pipeline without its three ideas", hast.config),
+    "dgh": Method("DGH, WACV 2025", dgh.config, profiles=dgh.PROFILES, placement="all_layers"),
     "minmax": Method("control: ranges from synthetic images, nothing tuned", controls.minmax),
     "noise": Method("control: tuned on Gaussian noise", controls.noise),
 }
 
-TUNINGS = ("qat", "none")
+RECONSTRUCTIONS = ("brecq", "genie_m", "adaround")
+TUNINGS = ("qat", *RECONSTRUCTIONS, "none")
 
 
 def get(name: str) -> Method:
@@ -55,7 +58,8 @@ def tuning(name: str, preset: str, own: Tuning) -> Tuning:
     """The tuning of that name, for a method whose own is another.
 
     Args:
-        name: ``"qat"``: the method's own fine-tuning, or SynQ's without its three ideas; ``"none"``: ranges alone.
+        name: ``"qat"``: the method's own fine-tuning, or SynQ's without its three ideas; ``"brecq"``, ``"genie_m"`` or
+            ``"adaround"``: reconstruction; ``"none"``: ranges alone.
         preset: size of the run.
         own: what the method does.
 
@@ -64,6 +68,8 @@ def tuning(name: str, preset: str, own: Tuning) -> Tuning:
     """
     if name not in TUNINGS:
         raise ValueError(f"quantize: tune must be one of {', '.join(TUNINGS)}, got {name!r}")
+    if name in RECONSTRUCTIONS:
+        return reconstruction(name, preset)
     if name == "none":
         if isinstance(own, Qat):
             return replace(own, finetune=replace(own.finetune, epochs=0))

@@ -15,6 +15,8 @@ from zsq_ext.core.check import require
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.core.steps import Terms
 from zsq_ext.methods.job import Images, Job, hold_out
+from zsq_ext.methods.ptq import reconstruction
+from zsq_ext.methods.recipe import Recipe
 from zsq_ext.quant.graph import batch_norms
 from zsq_ext.quant.structure import heads
 from zsq_ext.synth.objectives import Statistics
@@ -61,8 +63,6 @@ class DghImages:
 
     def make(self, job: Job) -> Images:
         """All images jointly, those held out too; labels are what the teacher predicts."""
-        if job.given is not None:
-            return job.given
         self.check(job.teacher, job.spec)
         teacher = SetTeacher(
             job.teacher,
@@ -71,7 +71,8 @@ class DghImages:
         )
         total = self.images + self.held_out
         images, history = make_set(job.stage("images"), teacher, total, job.spec, self.objective(teacher), self.stored)
-        return hold_out(images, predictions(job.teacher, images, self.stored.batch), self.held_out, history)
+        labels = predictions(job.teacher, images, self.stored.batch) if job.num_classes else None
+        return hold_out(images, labels, self.held_out, history)
 
     def objective(self, teacher: SetTeacher) -> Objective:
         """L = L_bn + lambda L_out."""
@@ -88,13 +89,13 @@ class DghImages:
 
 @torch.no_grad()
 def predictions(module: fx.GraphModule, images: Tensor, batch: int) -> Tensor:
-    """The class of every image, (N,) int64; -1 where the network's output is not one (N, K) tensor, which has none."""
-    labels = []
-    for chunk in images.split(batch):
-        logits = module(chunk)
-        single = isinstance(logits, Tensor) and logits.dim() == 2
-        labels.append(logits.argmax(1) if single else torch.full((len(chunk),), -1, device=images.device))
-    return torch.cat(labels)
+    """The class that a classifier finds in every image, (N,) int64."""
+    return torch.cat([module(chunk).argmax(1) for chunk in images.split(batch)])
+
+
+def config(preset: str, profile: str) -> Recipe:
+    """The generation, and BRECQ on its images, as the release has it."""
+    return Recipe(images(preset, profile), reconstruction("brecq", preset))
 
 
 def images(preset: str, profile: str) -> DghImages:

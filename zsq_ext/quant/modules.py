@@ -50,6 +50,21 @@ class WeightQuantizer(nn.Module):
         lo, hi = min_max(weight, self.axis) if self.lo is None or self.hi is None else (self.lo, self.hi)
         return affine_params(lo, hi, self.bits, signed=True, include_zero=False)
 
+    @torch.no_grad()
+    def set_step(self, scale: Tensor) -> None:
+        """Moves a frozen range so that its step is this one, (C,), and its zero-points stay; no host synchronisation.
+
+        The step comes out as nearly as a range in its dtype can say, within a few units in the last place. A channel
+        whose zero-point is too far out to be read back from the new range keeps the range it has.
+        """
+        if self.lo is None or self.hi is None:
+            raise ValueError("set_step: the range must be frozen, got one that follows the weight")
+        _, zero_point, qmin, qmax = affine_params(self.lo, self.hi, self.bits, signed=True, include_zero=False)
+        lo, hi = (((end - zero_point) * scale).to(self.lo.dtype) for end in (qmin, qmax))
+        kept = affine_params(lo, hi, self.bits, signed=True, include_zero=False)[1] == zero_point
+        self.lo.copy_(torch.where(kept, lo, self.lo))
+        self.hi.copy_(torch.where(kept, hi, self.hi))
+
     def forward(self, weight: Tensor) -> Tensor:
         return fake_quant(weight, *self.params(weight), axis=self.axis, grad="ste")
 
@@ -122,10 +137,32 @@ class ActivationQuantizer(nn.Module):
         """Sets the range, as if one batch with these extremes had been seen."""
         if not -math.inf < lo < hi < math.inf:
             raise ValueError(f"set_range: lo must be < hi, both finite, got {lo} and {hi}")
-        weight = 1 - self.beta if self.range_kind in ("ema", "lp") else 1.0
+        weight = self._one_batch()
         self.lo.fill_(lo * weight)
         self.hi.fill_(hi * weight)
         self.batches.fill_(1)
+
+    @torch.no_grad()
+    def set_step(self, scale: Tensor) -> None:
+        """Moves the range so that its step is this one, (1,), and its zero-point stays; no host synchronisation.
+
+        The step comes out as nearly as a range in its dtype can say, within a few units in the last place.
+        """
+        _, zero_point, qmin, qmax = self.params(scale.dtype)
+        weight = self._one_batch()
+        self.lo.copy_((qmin - zero_point) * scale * weight)
+        self.hi.copy_((qmax - zero_point) * scale * weight)
+        self.batches.fill_(1)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Empties the range, as before the first batch."""
+        for buffer in (self.lo, self.hi, self.batches):
+            buffer.zero_()
+
+    def _one_batch(self) -> float:
+        """What one batch weighs in the buffers."""
+        return 1 - self.beta if self.range_kind in ("ema", "lp") else 1.0
 
     def params(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, int, int]:
         """(scale, zero_point, qmin, qmax): (1,) in fp32 or, for double x, fp64; int32 (1,); two ints; unsigned codes.

@@ -13,7 +13,20 @@ from zsq_ext.ops import fake_quant_minmax
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.graph import LAYERS, attribute, before_a_layer, calls, find
 from zsq_ext.quant.modules import ActivationQuantizer, WeightQuantizer, weight_range
-from zsq_ext.quant.sites import Activation, activations_after_relu, activations_all_layers, weights
+from zsq_ext.quant.sites import (
+    Activation,
+    Weight,
+    activations_academic,
+    activations_after_relu,
+    activations_all_layers,
+    weights,
+)
+
+PLACED = {
+    "after_relu": activations_after_relu,
+    "all_layers": activations_all_layers,
+    "academic": activations_academic,
+}
 
 
 @dataclass(frozen=True)
@@ -45,13 +58,14 @@ def plan(module: fx.GraphModule, config: QConfig) -> list[Site]:
         bits = config.edge_bits if edge and config.edge_bits is not None else config.w_bits
         sites.append(Site(weight.name, "weight", weight.node, config.sites.get(weight.name, bits), weight.axis))
     if config.a_bits is not None:
-        rule = activations_after_relu if config.placement == "after_relu" else activations_all_layers
-        activations = rule(module)
+        activations = PLACED[config.placement](module)
         if not activations:
             raise ValueError(f"plan: the network has no activation to quantize under placement {config.placement!r}")
-        read = _read_by(last, activations)
+        at_edge = _read_by(last, activations)
+        if config.placement == "academic":
+            at_edge |= _behind(module, found[0], activations)
         for site in activations:
-            edge = site.role != "activation" or site.node in read
+            edge = site.role != "activation" or site.node in at_edge
             bits = config.edge_bits if edge and config.edge_bits is not None else config.a_bits
             sites.append(Site(site.name, "activation", site.node, config.sites.get(site.name, bits), None))
     names = {site.name for site in sites}
@@ -144,6 +158,19 @@ def _read_by(layers: list[fx.Node], activations: list[Activation]) -> set[str]:
             found.add(node.name)
         elif node.target not in LAYERS:
             todo += node.all_input_nodes
+    return found
+
+
+def _behind(module: fx.GraphModule, weight: Weight, activations: list[Activation]) -> set[str]:
+    """The nodes of the activations that the layer of that weight yields, with no other layer between."""
+    nodes = {site.node for site in activations}
+    todo, found = [find(module, weight.users[0])], set()
+    while todo:
+        node = todo.pop()
+        if node.name in nodes:
+            found.add(node.name)
+        else:
+            todo += [user for user in node.users if user.target not in LAYERS]
     return found
 
 

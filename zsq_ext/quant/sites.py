@@ -1,4 +1,4 @@
-"""Where quantizers go: the weights of a captured network, and its activations under either placement."""
+"""Where quantizers go: the weights of a captured network, and its activations under each placement."""
 
 from __future__ import annotations
 
@@ -53,6 +53,18 @@ PASS_THROUGH = RESHAPES | {
     aten.upsample_nearest2d.vec,
     aten.flip.default,
     aten.roll.default,
+}
+
+# operators whose values are means of others
+AVERAGES = {
+    aten.avg_pool1d.default,
+    aten.avg_pool2d.default,
+    aten.avg_pool3d.default,
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+    aten.mean.default,
+    aten.mean.dim,
 }
 
 
@@ -126,6 +138,26 @@ def activations_all_layers(module: fx.GraphModule) -> list[Activation]:
             role: Literal["activation", "output"] = "activation" if node in early else "output"
             sites.append(Activation(names.get(node) or _site_name(node), node.name, role))
     return sites
+
+
+def activations_academic(module: fx.GraphModule) -> list[Activation]:
+    """The placement of BRECQ's and Genie's tables: what leaves a layer or an addition and enters another layer.
+
+    As ``activations_all_layers``, without the image, the logits, averaged values (what is averaged is on a grid) and
+    what a branch hands to an addition alone, be it a block's last layer or the projection beside it: the sum is
+    quantized, once, behind its activation.
+    """
+    by_name = {node.name: node for node in module.graph.nodes}
+    return [
+        site
+        for site in activations_all_layers(module)
+        if site.role == "activation"
+        and by_name[site.node].target not in AVERAGES
+        and not (
+            by_name[site.node].target in LAYERS | BATCH_NORMS
+            and all(user.target in ADDITIONS for user in readers(by_name[site.node]))
+        )
+    ]
 
 
 def _makes_values(node: fx.Node) -> bool:

@@ -338,7 +338,7 @@ def _terms(history: Sequence[Mapping[str, float]]) -> list[Line]:
     values: dict[str, dict[float, list[float]]] = {}
     for row in history:
         for term, value in row.items():
-            if term not in ("step", "batch"):
+            if term not in ("step", "batch", "block"):
                 values.setdefault(term, {}).setdefault(row["step"], []).append(value)
     colours = {term: n % COLOURS for n, term in enumerate(term for term in values if not term.endswith(_VARIANT))}
     lines = []

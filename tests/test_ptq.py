@@ -1,0 +1,66 @@
+"""Reconstruction and ranges as ways to use images: what a job is given, and what comes back."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from zsq_ext.core.progress import QUIET
+from zsq_ext.core.run import Run
+from zsq_ext.core.spec import InputSpec
+from zsq_ext.methods import controls
+from zsq_ext.methods.job import Job, hold_out
+from zsq_ext.methods.ptq import Reconstruction
+from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.modules import activation_quantizers
+from zsq_ext.tune.reconstruct_config import BRECQ, GENIE_M
+
+IMAGES = hold_out(torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 5, 8)
+SPEC = InputSpec((3, 8, 8), num_classes=5)
+SHORT = replace(GENIE_M, iterations=10, batch=8)
+
+
+def job(teacher, qconfig, **more):
+    return Job(Run(None, {}), teacher, SPEC, qconfig, 0, QUIET, **more)
+
+
+def test_reconstruction_of_a_job(teacher):
+    tune = Reconstruction(SHORT)
+    ranges = {"w_range": tune.w_range, "a_range": tune.a_range}
+    qconfig = QConfig(3, 3, "academic", 8, sites={"head.weight": 4}, **ranges)
+    seen = []
+
+    def evaluate(student):
+        seen.append(student)
+        return {"top1": 50.0}
+
+    outcome = tune.run(job(teacher, qconfig, evaluate=evaluate), IMAGES)
+    assert seen == [outcome.student]
+    assert outcome.evaluations == [{"epoch": 1, "top1": 50.0}]
+    assert outcome.images is IMAGES
+    assert [row["step"] for row in outcome.histories["blocks"]] == [1, 2, 3, 4]
+    assert {row["batch"] for row in outcome.histories["tuning"]} == {0, 1, 2, 3}
+    assert outcome.student.get_submodule("quantizers.head_weight").bits == 4
+
+
+def test_live_ranges_are_refused_before_any_work(teacher):
+    message = r"^Reconstruction: w_range must be 'lp', which stands still, got 'minmax'$"
+    with pytest.raises(ValueError, match=message):
+        Reconstruction(SHORT).check(teacher, SPEC, QConfig(4, 4))
+    with pytest.raises(ValueError, match=message):
+        Reconstruction(SHORT).run(job(teacher, QConfig(4, 4)), IMAGES)
+    with pytest.raises(ValueError, match=r"^plan: sites must name sites of the network, got 'none'"):
+        Reconstruction(SHORT).check(teacher, SPEC, QConfig(4, 4, w_range="lp", sites={"none": 4}))
+    assert Reconstruction(BRECQ).check(teacher, SPEC, QConfig(4, 4, w_range="lp")) is None
+
+
+@pytest.mark.parametrize("w_range", ["minmax", "lp"])
+def test_ranges_alone_need_no_classes(teacher, w_range):
+    tune = replace(controls.ranges_alone("smoke"), range_steps=3, range_batch=5)
+    detector = InputSpec((3, 8, 8))
+    tune.check(teacher, detector, QConfig(4, 4), given=False)
+    outcome = tune.run(replace(job(teacher, QConfig(4, 4, w_range=w_range)), spec=detector), IMAGES)
+    assert all(q.batches == 3 for q in activation_quantizers(outcome.student))
+    own = teacher.state_dict()
+    assert all(torch.equal(p, own[name]) for name, p in outcome.student.named_parameters())
+    assert (outcome.evaluations, outcome.epochs) == ([], 0)

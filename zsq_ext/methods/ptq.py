@@ -1,0 +1,56 @@
+"""Post-training quantization: reconstruction (BRECQ, Genie-M, AdaRound) on an image set, whatever made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import fx
+
+from zsq_ext.core.check import require
+from zsq_ext.core.spec import InputSpec
+from zsq_ext.methods.job import Images, Job, Outcome
+from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.prepare import plan, prepare
+from zsq_ext.tune.reconstruct import reconstruct
+from zsq_ext.tune.reconstruct_config import KINDS, ReconstructConfig
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Block or layer reconstruction on the images; activation ranges are found unit by unit on the way."""
+
+    a_range: ClassVar[str] = "lp"  # searched on the images, and held still while steps are learned
+    w_range: ClassVar[str] = "lp"
+
+    config: ReconstructConfig = field(default_factory=ReconstructConfig)
+
+    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool = False) -> None:
+        """Refuses what cannot be run, before any work begins.
+
+        Raises:
+            ValueError: the weight ranges would follow the live weights.
+        """
+        require("Reconstruction", "w_range", qconfig.w_range, qconfig.w_range == "lp", "be 'lp', which stands still")
+        plan(teacher, qconfig)
+
+    def run(self, job: Job, images: Images) -> Outcome:
+        """Prepares the student and reconstructs it unit by unit."""
+        self.check(job.teacher, job.spec, job.qconfig)
+        student = prepare(job.teacher, job.qconfig)
+        found = reconstruct(job.stage("reconstruct"), job.teacher, student, images.images, self.config)
+        evaluations = [] if job.evaluate is None else [{"epoch": 1, **job.evaluate(student)}]
+        return Outcome(student, images, {"tuning": found.history, "blocks": found.blocks}, evaluations, epochs=1)
+
+
+def reconstruction(kind: str, preset: str) -> Reconstruction:
+    """A published algorithm (``"brecq"``, ``"genie_m"`` or ``"adaround"``) at the length of a preset."""
+    return Reconstruction(replace(KINDS[kind], **_LENGTHS[preset]))
+
+
+# ours, but for ImageNet's: minutes on a laptop, and tens of minutes on a GPU
+_LENGTHS: dict[str, dict[str, Any]] = {
+    "smoke": {"iterations": 400, "activation_iterations": 100},
+    "cifar": {"iterations": 5000, "activation_iterations": 1250},
+    "imagenet": {},
+}

@@ -75,7 +75,7 @@ def quantize(
         input_spec: shape and normalisation of the input.
         num_classes: number of labels; read off the model's output if left out.
         preset: size of the run: ``"smoke"``, minutes to see it work; ``"cifar"`` and ``"imagenet"``, the literature's.
-        profile: the variant where sources differ, for ``"synq"``: ``"repo"`` or ``"paper"``; for ``"dgh"``: ``"repo"`` or
+        profile: the variant where sources differ: ``"repo"`` or, for ``"synq"``, ``"paper"``, or, for ``"dgh"``,
             ``"mct"``.
         tune: how the images are used: ``"qat"``, ``"brecq"``, ``"genie_m"``, ``"adaround"`` or ``"none"``; None leaves
             it to the method.

@@ -85,7 +85,8 @@ class SetTeacher:
 
     def statistics(self, sums: Tensor) -> Statistics:
         """Mean and biased variance from the mean of the sums over the images in question."""
-        return Statistics(*statistics_of(sums[0], sums[1], self.places, self.target.mean), self.target.channels)
+        mean = self.target.mean.to(sums.dtype)
+        return Statistics(*statistics_of(sums[0], sums[1], self.places, mean), self.target.channels)
 
 
 class RunningTotals:

@@ -410,12 +410,19 @@ REFUSED = {
         ValueError,
         r"test must give images of shape \(3, 8, 8\), got \(3, 8, 4\)",
     ),
-    "resume": ({"resume": True}, ValueError, "resume needs an out folder, got out=None"),
+    "resume": ({"resume": True}, ValueError, "resume must come with an out folder, got out=None"),
     "nothing to resume": (
         {"resume": True, "out": "runs/nowhere"},
         ValueError,
         "resume must find a run to go on with, got none: there is no runs/nowhere/config.json",
     ),
+    "resume by name": ({"resume": "no"}, TypeError, "resume must be True or False, got 'no'"),
+    "out": ({"out": 3}, TypeError, "out must be a path, got 3"),
+    "device": ({"device": 1.5}, TypeError, "device must be a device, got 1.5"),
+    "progress": ({"progress": True}, TypeError, "progress must be a Progress, got True"),
+    "profile in a list": ({"profile": []}, TypeError, r"profile must be a name, got \[\]"),
+    "sites in a list": ({"sites": ["a"]}, TypeError, "sites must be a mapping of sites to bits, got list"),
+    "num_classes by name": ({"num_classes": "5"}, TypeError, "num_classes must be an integer, got '5'"),
     "method in a list": ({"method": ["synq"]}, ValueError, r"method must be one of synq, hast, .*, got \['synq'\]"),
 }
 

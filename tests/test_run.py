@@ -66,7 +66,7 @@ def test_resume_semantics(tmp_path):
     with pytest.raises(ValueError, match=r"out must be a new folder unless the run in it is to go on .*, got .*/a/b"):
         Run(out, CONFIG)
     Run(out, CONFIG, resume=True)
-    with pytest.raises(ValueError, match="resume needs an out folder, got out=None"):
+    with pytest.raises(ValueError, match="resume must come with an out folder, got out=None"):
         Run(None, CONFIG, resume=True)
 
 

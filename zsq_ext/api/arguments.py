@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from zsq_ext import methods
+from zsq_ext.core.progress import Progress
 from zsq_ext.core.rng import stream
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.job import Images, hold_out
 from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.ops import backend
+from zsq_ext.ops.check import shown
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.graph import is_classifier
 from zsq_ext.tune.ideas import Idea, merge
@@ -37,6 +41,28 @@ def speaking_as(function: str) -> Iterator[None]:
             raise
         kinds = (NotImplementedError, TypeError, ValueError)
         raise next(kind for kind in kinds if isinstance(error, kind))(f"{function}: {said[1]}") from error
+
+
+_NAME = str, "a name"
+# what an argument is, unless it is None; the checks of its value are further down
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("preset", "profile", "tune", "placement", "a_range", "w_range"), _NAME),
+    "num_classes": (int, "an integer"),
+    "sites": (Mapping, "a mapping of sites to bits"),
+    "device": ((str, int, torch.device), "a device"),
+    "out": ((str, os.PathLike), "a path"),
+    "progress": (Progress, "a Progress"),
+}
+
+
+def check_kinds(resume: object, **given: object) -> None:
+    """What would otherwise be a puzzle further down."""
+    if not isinstance(resume, bool):
+        raise TypeError(f"quantize: resume must be True or False, got {shown(resume)}")
+    for name, value in given.items():
+        kind, words = _KINDS[name]
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise TypeError(f"quantize: {name} must be {words}, got {shown(value)}")
 
 
 def settings_of(
@@ -131,7 +157,7 @@ def _spec(input_shape: Sequence[int] | None, input_spec: InputSpec | None) -> In
             raise TypeError(f"quantize: input_spec must be an InputSpec, got {type(input_spec).__name__}")
         return input_spec
     try:
-        return InputSpec(tuple(input_shape or ()))  # type: ignore[arg-type]
+        return InputSpec(tuple(() if input_shape is None else input_shape))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"quantize: input_shape must be three positive integers (C, H, W) unless input_spec is given, "

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from zsq_ext import __version__, methods, report
 from zsq_ext.api.arguments import (
     Batches,
+    check_kinds,
     check_test,
     enter,
     given_images,
@@ -107,6 +108,9 @@ def quantize(
     """
     begin = time.perf_counter()
     with speaking_as("quantize"):
+        check_kinds(resume, preset=preset, profile=profile, tune=tune, num_classes=num_classes)
+        check_kinds(resume, placement=placement, sites=sites, a_range=a_range, w_range=w_range)
+        check_kinds(resume, device=device, out=out, progress=progress)
         chosen = methods.get(method)
         settings = settings_of(chosen, preset, profile, tune, ideas, config)
         qconfig = QConfig(
@@ -175,6 +179,8 @@ def synthesize(
     """
     begin = time.perf_counter()
     with speaking_as("synthesize"):
+        check_kinds(resume, preset=preset, profile=profile, num_classes=num_classes)
+        check_kinds(resume, device=device, out=out, progress=progress)
         chosen = methods.get(method)
         settings = settings_of(chosen, preset, profile, None, (), config)
         teacher, spec = enter(model, input_shape, input_spec, num_classes, device)

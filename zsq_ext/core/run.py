@@ -57,7 +57,7 @@ class Run:
         self.folder = Path(out) if out is not None else None
         if self.folder is None:
             if resume:
-                raise ValueError("run: resume needs an out folder, got out=None")
+                raise ValueError("run: resume must come with an out folder, got out=None")
             return
         held = self.folder / CONFIG
         if resume and not held.exists():

@@ -246,16 +246,20 @@ def test_steps_of_a_network(quick):
         for got, want in zip(step(), eager(), strict=True):  # the peer does the same work
             timing.assert_equal(op, got, want, 1e-3)
     assert [(row["op"], row["backend"]) for row in rows] == [
-        (op, name) for op in ("synq_tuning_step", "synq_generation_step") for name in ("reference", "cpu")
+        (op, name)
+        for op in ("synq_tuning_step", "synq_generation_step", "dgh_generation_step")
+        for name in ("reference", "cpu")
     ]
     for row in rows:
+        assert row["peak_mb"] > 0
+        assert row["peak_mb_eager"] > 0
         assert set(row["peers"]) == {"reference", "eager"}
         assert 0 < row["outside_convolutions"] < 1
 
     # two convolutions on 32 x 32, one of them with one input channel per group, and a linear; an image each
     forward = 2 * steps.BATCH * (32 * 32 * 9 * (8 * 3 + 8) + 8 * steps.CLASSES)
     generation = rows[2]["flops"]  # one forward, and back to the image
-    assert generation == 2 * forward
+    assert generation == rows[4]["flops"] == 2 * forward
     tuning = rows[0]["flops"]  # two forwards of both networks, and back to weights and images
     assert 4 * forward < tuning <= 10 * forward
 

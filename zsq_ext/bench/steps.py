@@ -1,7 +1,8 @@
-"""The suite `steps`: one step of image making and one of fine-tuning, with the ops on each backend in one run.
+"""The suite `steps`: steps of image making and one of fine-tuning, with the ops on each backend in one run.
 
 The peer ``eager`` is the same step on the network as it was captured, operator by operator, with the ops' reference:
-what modules and hooks do.
+what modules and hooks do. For DGH it is the plain loop of ``dgh_step.py``. ``peak_mb`` is what a step allocates at its
+peak, ``peak_mb_eager`` what the peer does.
 
 ``outside_convolutions`` is the share of the step's own CPU time (or CUDA time) that is not spent in convolutions and
 matrix products: what fusing the rest could win at most.
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from zsq_ext.bench import timing
+from zsq_ext.bench import dgh_step, timing
 from zsq_ext.core.progress import Progress
 from zsq_ext.methods import synq
 from zsq_ext.ops import backend
@@ -38,11 +39,11 @@ MATRIX_OPS = ("conv", "mm", "addmm", "linear")
 
 
 def rows(progress: Progress) -> list[dict[str, Any]]:
-    """Both steps of SynQ (smoke, released profile, W4A4) on both embedded architectures, random weights."""
+    """Both steps of SynQ and DGH's (smoke, released profiles, W4A4) on both embedded architectures, random weights."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     nets = {"resnet20": small_nets.resnet20, "mobilenet_small": small_nets.mobilenet_small}
-    with progress.stage("steps", 2 * len(nets)) as stage:
+    with progress.stage("steps", 3 * len(nets)) as stage:
         for name, build in nets.items():
             for op, (step, eager) in _steps(build(CLASSES).to(device), device).items():
                 found += _rows(op, name, step, eager, device)
@@ -54,7 +55,7 @@ Step = Callable[[], Any]
 
 
 def _steps(model: torch.nn.Module, device: str) -> dict[str, tuple[Step, Step]]:
-    """The two steps and their eager forms, as functions without arguments; parameters stay as they are, so that every
+    """The steps and their eager forms, as functions without arguments; parameters stay as they are, so that every
     call does the same."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
@@ -84,6 +85,7 @@ def _steps(model: torch.nn.Module, device: str) -> dict[str, tuple[Step, Step]]:
     return {
         "synq_tuning_step": (tuning(True), tuning(False)),
         "synq_generation_step": (generation(teacher.observe), generation(_hooked(module, teacher))),
+        "dgh_generation_step": dgh_step.steps(model, module, BATCH, device),
     }
 
 
@@ -116,14 +118,17 @@ def _rows(op: str, net: str, step: Step, eager: Step, device: str) -> list[dict[
         for got, want in zip(contenders[name](), expected, strict=True):
             timing.assert_equal(f"{op} on {name}", got, want, tolerance)
     times = timing.compare({**contenders, "eager": timing.Forced("reference", eager)}, [()], device, seconds=20)
-    flops = count_flops(step)
+    flops, peak_eager = count_flops(step), timing.peak_mb(timing.Forced("reference", eager), device)
+    case = f"{net} B={BATCH}" + ("" if op.startswith("dgh") else " W4A4")
     found = []
     for name in contenders:
         row = timing.row(
-            op=op, case=f"{net} B={BATCH} W4A4", dtype=torch.float32, device=device, backend=name, pass_="step",
+            op=op, case=case, dtype=torch.float32, device=device, backend=name, pass_="step",
             timing=times[name], bytes_=0, flops=flops, flops_per_second=timing.matmul_rate(device),
             peers={name: times[name] for name in ("reference", "eager")},
+            peak=timing.peak_mb(contenders[name], device),
         )  # fmt: skip
+        row["peak_mb_eager"] = peak_eager
         row["outside_convolutions"] = outside_convolutions(contenders[name], device)
         found.append(row)
     return found

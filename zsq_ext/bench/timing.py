@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map_only
 
 from zsq_ext.core.machine import cpu_name
@@ -154,10 +155,14 @@ def limits() -> dict[str, dict[str, float]]:
     return {d: {"copy_gb_s": copy_bandwidth(d) / 1e9, "matmul_gflop_s": matmul_rate(d) / 1e9} for d in devices}
 
 
-def peak_mb(function: Callable[[], Any], device: str) -> float | None:
-    """What a call allocates beyond what was there, at its peak; None where the device does not count."""
+def peak_mb(function: Callable[[], Any], device: str) -> float:
+    """What a call allocates beyond what was there, at its peak; on the CPU the tensors that torch's profiler sees."""
     if device != "cuda":
-        return None
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+        events = profiler.profiler.kineto_results.events()
+        held = itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]")
+        return max(held, default=0) / 2**20
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

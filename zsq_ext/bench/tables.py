@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from zsq_ext.methods import synq
+from zsq_ext.methods.dgh import DghImages
 from zsq_ext.methods.images import PixelImages
 from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe
@@ -76,6 +78,33 @@ def for_network(name: str, recipe: Recipe) -> Recipe:
     return replace(recipe, images=replace(recipe.images, pixels=pixels))
 
 
+def with_images(**values: Any) -> Callable[[Recipe], Recipe]:
+    """Changes how DGH makes its images; a field of ``StoredConfig`` by its name."""
+
+    def changed(recipe: Recipe) -> Recipe:
+        images = recipe.images
+        if not isinstance(images, DghImages):
+            raise TypeError(f"accuracy: these images must be DGH's, got {type(images).__name__}")
+        own = {name: values[name] for name in values.keys() & vars(images).keys()}
+        stored = {name: value for name, value in values.items() if name not in own}
+        return replace(recipe, images=replace(images, **own, stored=replace(images.stored, **stored)))
+
+    return changed
+
+
+# all rows share DGH's reconstruction and differ in the images alone
+DGH_VARIANTS = (
+    Variant("DGH", "dgh"),
+    Variant("noise", "dgh", "noise"),
+    Variant("real images", "dgh", "real"),
+)
+DGH_ABLATIONS = (
+    Variant("DGH, statistics of each batch", "dgh", change=with_images(granularity="batch")),
+    Variant("DGH - smoothing", "dgh", change=with_images(sigma=None)),
+    Variant("DGH - stretching", "dgh", change=with_images(output=0.0)),
+)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Some rows of a table: every variant at all bits on one network, for so many seeds."""
@@ -86,13 +115,18 @@ class Plan:
     seeds: int
 
 
-W4A4, W3A3 = (4, 4), (3, 3)
+W4A4, W3A3, W4, W3 = (4, 4), (3, 3), (4, None), (3, None)
 
 TABLES = {
     "synq": (
         Plan("resnet20", VARIANTS, (W4A4, W3A3), 5),
         Plan("resnet20", ABLATIONS, (W3A3,), 5),
         Plan("mobilenet_small", VARIANTS, (W4A4, W3A3), 5),
+    ),
+    "dgh": (
+        Plan("resnet20", DGH_VARIANTS, (W4A4, W3A3, W4, W3), 5),
+        Plan("resnet20", DGH_ABLATIONS, (W4A4, W3A3), 5),
+        Plan("mobilenet_small", DGH_VARIANTS, (W4A4, W3A3), 3),
     ),
 }
 """The plans of a table by the method it is about; the differences are taken to that method and its controls."""

@@ -1,7 +1,7 @@
 """AP by hand: what COCO's rules give for predictions that one can count.
 
 Broken on purpose, and which test saw it: corners handed over as widths (test_by_hand), labels dropped
-(test_by_hand), scores of one image for all (test_what_is_found_twice_is_wrong_once), AP for AP50 (test_by_hand).
+(test_by_hand), all scores alike (test_what_is_found_twice_is_wrong_once), AP for AP50 (test_by_hand).
 """
 
 import sys

@@ -8,10 +8,10 @@ SSDLite. What was broken on purpose, and which test saw it:
     any output is an edge, a feature map too             test_a_feature_map_on_its_way_is_no_edge
     the output's site named by the first head            test_the_outputs_are_sites_by_their_path
     a region of a pyramid closed though a head reads it  test_blocks_are_closed
-    a join of levels taken as a residual unit            test_blocks_of_the_doubles
+    a join of levels taken as a residual unit            test_blocks_are_closed
     eps left out of the thawed batch norm                test_a_frozen_batch_norm_is_one
     thawed by its buffers' names alone                   test_what_only_looks_frozen_stays
-    quality of the first output only                     test_quality_of_heads
+    the first output in the place of the worst one       test_quality_of_heads
 """
 
 import collections

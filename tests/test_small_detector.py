@@ -2,7 +2,7 @@
 
 Broken on purpose, and which test saw it: x and y of the centres swapped, sides not in strides (test_cells_by_hand);
 suppression across classes, of boxes that were themselves suppressed, or of the surer one
-(test_suppression_is_the_greedy_one); the threshold before the limit (test_arguments_of_decode).
+(test_suppression_is_the_greedy_one); the least sure candidates kept (test_arguments_of_decode).
 """
 
 import pytest

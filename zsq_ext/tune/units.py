@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from zsq_ext.quant.graph import ADDITIONS, BATCH_NORMS, LAYERS, aten, calls, find, is_activation, readers
+from zsq_ext.quant.graph import ADDITIONS, BATCH_NORMS, LAYERS, aten, calls, find, is_activation, outputs, readers
 from zsq_ext.quant.modules import ActivationQuantizer
 from zsq_ext.quant.sites import weights
 from zsq_ext.quant.structure import blocks
@@ -36,11 +36,16 @@ def units(teacher: fx.GraphModule, granularity: str) -> list[Unit]:
             ``"layer"``: one convolution or linear with the batch norm, addition and activation that follow it alone.
 
     A unit ends with the last thing that a layer does: pooling and reshaping behind it are done by its reader, so that
-    units are compared where there is most to compare.
+    units are compared where there is most to compare. Where several heads are returned joined or reshaped, what joins
+    them is a unit without weights, which has only ranges to find.
     """
-    last = teacher.graph.output_node().args[0]
+    returned = outputs(teacher)
     ends = _block_ends(teacher) if granularity == "block" else _layer_ends(teacher)
-    ends[-1] = ends[-1][0], last
+    if len(returned) == 1:
+        ends[-1] = ends[-1][0], *returned.values()
+    else:
+        known = {end for _, end in ends}
+        ends += [(f"output {path}", leaf) for path, leaf in returned.items() if leaf not in known]
     found: list[Unit] = []
     stops = {node for node in teacher.graph.nodes if node.op == "placeholder"}
     for name, end in ends:

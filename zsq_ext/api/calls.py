@@ -33,6 +33,7 @@ from zsq_ext.methods.recipe import Recipe
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import plan
 from zsq_ext.quant.quality import measure
+from zsq_ext.synth.distance import figures
 from zsq_ext.tune.ideas import Idea
 
 
@@ -144,6 +145,7 @@ def quantize(
         images=outcome.images.images,
         labels=outcome.images.labels,
         quality=quality,
+        figures=figures(teacher, outcome.images.images[:512]),
         spec=spec,
         qconfig=qconfig,
         config=job.run.config,
@@ -281,6 +283,7 @@ def _keep(run: Run, result: Result, images: Images) -> None:
             "top1_best": result.top1_best,
             "evaluations": result.evaluations,
             "quality": result.quality.to_dict(),
+            "images": result.figures.to_dict(),
             "histories": dict(result.histories),
             "seconds": result.seconds,
         },

@@ -19,6 +19,7 @@ from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.quant.quality import Quality
+from zsq_ext.synth.distance import ImageFigures
 
 FORMAT = "zsq_ext.quantized"
 FORMAT_VERSION = 1
@@ -40,6 +41,8 @@ class Result:
             batch, [{"step": n, "lo": [...], "hi": [...]}] with one value per site.
         evaluations: [{"epoch": n, "top1": percent}] on the test data of this call, if any; epoch 0 is a network that
             was not tuned at all.
+        figures: how far the statistics of up to 512 of the images are from the stored ones, layer by layer, and how
+            far the teacher's logits reach on them.
         seconds: wall time, of a resumed run that of all its calls as far as their work was kept.
     """
 
@@ -53,6 +56,7 @@ class Result:
     histories: Mapping[str, list[dict]]
     evaluations: list[dict]
     seconds: float
+    figures: ImageFigures = field(default_factory=ImageFigures)
     measure_teacher: Callable[[], float] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -72,7 +76,10 @@ class Result:
 
     def __repr__(self) -> str:
         top1 = "" if self.top1_last is None else f", top-1 {self.top1_last:.2f} % after the last epoch"
-        quality = f"agreement {self.quality.agreement:.1f} % on {self.quality.images} images"
+        if self.spec.num_classes is None:
+            quality = f"outputs at least {min(self.quality.outputs_db.values()):.1f} dB above the noise"
+        else:
+            quality = f"agreement {self.quality.agreement:.1f} % on {self.quality.images} images"
         tuned = f"{len(self.images)} images" if self.histories.get("tuning") else "not tuned"
         return f"Result({self.config['method']} {self.qconfig.label}, {tuned}, {quality}{top1}, {self.seconds:.0f} s)"
 

@@ -20,8 +20,11 @@ from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import activation_quantizers
 from zsq_ext.quant.quality import Quality
 from zsq_ext.report import html, pictures, png
+from zsq_ext.report.blocks import HISTORY, blocks
 from zsq_ext.report.html import Html
+from zsq_ext.report.likeness import likeness
 from zsq_ext.report.svg import COLOURS, Line, chart, sparkline
+from zsq_ext.synth.distance import ImageFigures
 from zsq_ext.synth.filters import LowPass
 
 FILE = "report.html"
@@ -33,7 +36,7 @@ ANALYSED = 512
 DIVERGED = "diverged"
 """What a table says in place of an accuracy."""
 
-_STAGES = {"images": "Making the images", "ranges": "Training the range generator", "tuning": "Fine-tuning"}
+_STAGES = {"images": "Making the images", "ranges": "Training the range generator", "tuning": "Tuning"}
 _VARIANT = "_perturbed"
 _CALIBRATION = "calibration"
 
@@ -49,6 +52,8 @@ class Result(Protocol):
     def labels(self) -> Tensor | None: ...
     @property
     def quality(self) -> Quality: ...
+    @property
+    def figures(self) -> ImageFigures: ...
     @property
     def spec(self) -> InputSpec: ...
     @property
@@ -163,10 +168,14 @@ def write_report(
         of = f": {', '.join(names)}" if len(results) > 1 else ""
         add(f"images{own}", f"Synthetic images{of}", _images(result))
         add(f"spectra{own}", f"Spectra of the images{of}", _spectra(result))
+        if result.figures != ImageFigures():
+            add(f"likeness{own}", f"The images as the teacher sees them{of}", likeness(result.figures))
     for index, (name, result) in enumerate(results.items()):
         own = f"-{index}" if index else ""
         of = f": {name}" if len(results) > 1 else ""
         add(f"losses{own}", f"Losses{of}", _losses(result))
+        if result.histories.get(HISTORY):
+            add(f"blocks{own}", f"Reconstruction{of}", blocks(result.histories[HISTORY]))
         add(f"layers{own}", f"Sensitivity of the layers{of}", _layers(result))
         add(f"ranges{own}", f"Activation ranges{of}", _ranges(result))
     for index, (name, result) in enumerate(results.items()):
@@ -324,10 +333,11 @@ def _range_curves(result: Result, sites: int) -> list[list[Html]]:
 def _losses(result: Result) -> Html:
     parts = []
     for stage, history in result.histories.items():
-        if not history or stage == _CALIBRATION:  # ranges, not losses: they have a section of their own
+        if not history or stage in (_CALIBRATION, HISTORY):  # no losses: they have sections of their own
             continue
         batches = len({row.get("batch", 0) for row in history})
-        words = f", mean of {batches} batches" if batches > 1 else ""
+        parts_of = "parts" if result.histories.get(HISTORY) and stage == "tuning" else "batches"
+        words = f", mean of {batches} {parts_of}" if batches > 1 else ""
         parts.append(f"<h3>{html.text(_STAGES.get(stage, stage) + words)}</h3>")
         parts.append(chart(_terms(history), "step", "weighted loss term", log=True))
     return Html("".join(parts)) if parts else html.note("Nothing was optimised in this run.")

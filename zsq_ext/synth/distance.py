@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from zsq_ext.quant.graph import batch_norms
+from zsq_ext.quant.graph import batch_norms, is_classifier
 from zsq_ext.synth.teacher import Teacher
 
 
@@ -69,3 +70,32 @@ def logit_ranges(module: fx.GraphModule, images: Tensor, batch: int = 64) -> Ten
     """
     logits = (module(chunk).flatten(1) for chunk in images.split(batch))
     return torch.cat([z.amax(1) - z.amin(1) for z in logits])
+
+
+@dataclass(frozen=True)
+class ImageFigures:
+    """What a teacher says of an image set without being asked for labels.
+
+    ``layers`` is empty for a network without batch norms, ``logit_ranges``, one value per image, for one that is no
+    classifier.
+    """
+
+    layers: tuple[LayerDistance, ...] = ()
+    logit_ranges: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the layers' distances."""
+        return {"layers": [asdict(layer) for layer in self.layers]}
+
+
+def figures(module: fx.GraphModule, images: Tensor) -> ImageFigures:
+    """The distances of a set and its logit ranges, as far as the network has any.
+
+    Args:
+        module: a captured network.
+        images: (N, C, H, W), at least one, in normalised space on the network's device.
+    """
+    return ImageFigures(
+        tuple(layer_distances(module, images)) if batch_norms(module) else (),
+        tuple(logit_ranges(module, images).tolist()) if is_classifier(module) else (),
+    )

@@ -90,10 +90,15 @@ def make_set(
         Images (N, C, H, W) float32 in normalised space, smoothed, cropped at the centre and clipped; the loss history.
 
     Raises:
+        ValueError: there is no image to make, or the teacher shows other sums than the granularity asks for.
         Diverged: a loss term was not finite.
 
     Source: DGH (arXiv 2410.22110), released code.
     """
+    require("make_set", "count", count, count >= 1, "be at least 1")
+    per_image = config.granularity == "image"
+    rule = f"be {per_image} with granularity '{config.granularity}'"
+    require("make_set", "teacher.per_image", teacher.per_image, teacher.per_image == per_image, rule)
     part = stage.part(0, 1)
     held = stage.run.load(part.name)
     if held is not None:

@@ -31,7 +31,9 @@ class StoredConfig:
     """How stored images are optimised. Defaults: DGH's command line (spec: section 3.1).
 
     A learning rate of 16 belongs to RAdam as torch has it, to a loss divided by layers, channels and the whole set, and
-    to unscaled gradients, which eps = 1e-8 then damps. A gradient is inversely proportional to the number of images.
+    to unscaled gradients, which eps = 1e-8 then damps. A gradient is inversely proportional to the number of images and
+    of an image's pixels, so with few of either eps damps nothing: on 64 images of 32 pixels 1e-8 and 1e-8 * 1024 / 64
+    left sets whose distances differ by less than 1 %. So eps stays as it is unless ``eps_images`` is given.
     """
 
     batch: int = 128

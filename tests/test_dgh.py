@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from zsq_ext.core.progress import QUIET
 from zsq_ext.core.run import Run
@@ -19,6 +19,8 @@ from zsq_ext.methods.dgh import DghImages
 from zsq_ext.methods.job import Images, Job
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.graph import find
+from zsq_ext.quant.structure import heads
 from zsq_ext.synth.stored import StoredConfig
 
 SPEC = InputSpec((3, 8, 8), mean=(0.5,) * 3, std=(0.25,) * 3, valid_range=(0.0, 1.0), num_classes=5)
@@ -98,6 +100,37 @@ def test_lambda_weighs_the_output_term_and_zero_switches_it_off(teacher):
     assert abs(histories[1e-6][0]["output"]) < 1e-4
     assert histories[1.0][-1]["output"] < histories[1.0][0]["output"]  # the ranges grow
     assert histories[0.0][0]["bns"] == pytest.approx(histories[1e-6][0]["bns"], rel=1e-3)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.classes, self.boxes = nn.Conv2d(4, 6, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)))
+        return torch.cat([self.classes(x).flatten(1), self.boxes(x).flatten(1)], 1)
+
+
+def test_a_detector_has_every_head_stretched_and_no_labels():
+    """Several outputs in one nesting: each head's range grows."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        joined = capture(TwoHeads().eval(), torch.zeros(2, 3, 8, 8))
+    graph = fx.Graph()
+    graph.graph_copy(joined.graph, copied := {})
+    names = heads(joined)
+    graph.output({"maps": [copied[find(joined, name)] for name in names]})
+    module = fx.GraphModule(joined, graph)
+    ranges = {}
+    for output in (0.0, 10.0):
+        made = replace(QUICK, output=output, margin=None).make(job(module))
+        with torch.no_grad():
+            maps = [z.flatten(1) for z in module(made.images)["maps"]]
+        ranges[output] = [(z.amax(1) - z.amin(1)).mean() for z in maps]
+    assert all(more > less for less, more in zip(ranges[0.0], ranges[10.0], strict=True))
+    assert (made.labels == -1).all()
 
 
 def test_given_images_are_taken(teacher):

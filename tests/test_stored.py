@@ -157,7 +157,7 @@ def test_a_plain_loop_does_the_same(teacher, nets, config):
 
 
 class Bare:
-    """A network that shows the pixels themselves."""
+    """Stands for a network that shows the pixels themselves."""
 
     target = Statistics(torch.zeros(3), torch.ones(3), (3,))
     places, per_image = torch.full((3,), 64.0), False
@@ -433,6 +433,15 @@ def test_the_teacher_is_left_as_it_was(watched, teacher, tools):
 def test_divergence_stops_with_advice(watched):
     with pytest.raises(Diverged, match=r"loss term 'output' is not finite at step 0\. Try a lower learning rate"):
         make(watched, output=float("nan"))
+
+
+def test_a_teacher_that_shows_other_sums_and_an_empty_set_are_refused(watched):
+    with pytest.raises(
+        ValueError, match=r"make_set: teacher.per_image must be True with granularity 'image', got False"
+    ):
+        make(watched, replace(QUICK, granularity="image"))
+    with pytest.raises(ValueError, match=r"make_set: count must be at least 1, got 0"):
+        make(watched, count=0)
 
 
 @pytest.mark.parametrize(

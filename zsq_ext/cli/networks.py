@@ -53,9 +53,7 @@ def quantize(
     idea: Annotated[
         list[str] | None, typer.Option(help="An idea to add, such as 'LowPass(d0=8)'; may be repeated.")
     ] = None,
-    placement: Annotated[
-        str | None, typer.Option(help="Rounded activations: after_relu, academic, all_layers")
-    ] = None,
+    placement: Annotated[str | None, typer.Option(help="Rounded activations: after_relu, academic, all_layers")] = None,
     edge_bits: Annotated[int | None, typer.Option(help="Bits of the first and last layer.")] = None,
     a_range: Annotated[str, typer.Option(help="Activation ranges: ema, minmax, lp, legacy_ema.")] = "ema",
     w_range: Annotated[str, typer.Option(help="Weight ranges: minmax, lp.")] = "minmax",

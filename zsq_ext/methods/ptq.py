@@ -1,4 +1,4 @@
-"""Post-training quantization on an image set: reconstruction (BRECQ, Genie-M, AdaRound), or ranges alone.
+"""Post-training quantization: reconstruction (BRECQ, Genie-M, AdaRound), data-free rewriting (DFQ), or ranges alone.
 
 Each is one way to use images, whatever made them.
 """
@@ -16,6 +16,7 @@ from zsq_ext.methods.job import Images, Job, Outcome
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import calibrating
 from zsq_ext.quant.prepare import plan, prepare
+from zsq_ext.tune.dfq import DfqConfig, check_ranges, dfq
 from zsq_ext.tune.reconstruct import reconstruct
 from zsq_ext.tune.reconstruct_config import ReconstructConfig
 
@@ -51,7 +52,7 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class RangesOnly:
-    """Nothing is tuned: every weight goes to its nearest code, activation ranges come from the images in order."""
+    """Nothing is tuned: every weight goes to its nearest code, activation ranges come from the first images."""
 
     batch: int = 64
     batches: int = 8
@@ -72,3 +73,51 @@ class RangesOnly:
                 student(batch.contiguous(memory_format=torch.channels_last))
         evaluations = [] if job.evaluate is None else [{"epoch": 0, **job.evaluate(student)}]
         return Outcome(student, images, {"images": images.history}, evaluations)
+
+
+RANGES = ("batch_norms", "images")
+
+
+@dataclass(frozen=True)
+class Dfq:
+    """Weight equalisation and bias correction, which need no images; activation ranges from the batch norms."""
+
+    config: DfqConfig = field(default_factory=DfqConfig)
+    ranges: str = "batch_norms"  # or "images", for networks whose batch norms do not tell every range
+    batch: int = 64
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        require("Dfq", "ranges", self.ranges, self.ranges in RANGES, f"be one of {', '.join(RANGES)}")
+        for name in ("batch", "batches"):
+            require("Dfq", name, getattr(self, name), getattr(self, name) >= 1, "be at least 1")
+
+    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig) -> None:
+        """Refuses what cannot be run, before any work begins.
+
+        Raises:
+            ValueError: ranges should come from the batch norms, and they do not tell them all.
+        """
+        plan(teacher, qconfig)
+        if self.ranges == "batch_norms":
+            check_ranges(teacher, qconfig)
+
+    def run(self, job: Job, images: Images) -> Outcome:
+        """Rewrites and quantizes; the images serve the ranges, if that is asked for."""
+        self.check(job.teacher, job.spec, job.qconfig)
+        shown = ()
+        if self.ranges == "images":
+            first = images.images[: self.batch * self.batches]
+            shown = tuple(b.contiguous(memory_format=torch.channels_last) for b in first.split(self.batch))
+        student = dfq(job.teacher, job.qconfig, self.config, images=shown, image_range=image_range(job.spec))
+        evaluations = [] if job.evaluate is None else [{"epoch": 0, **job.evaluate(student)}]
+        return Outcome(student, images, {"images": images.history}, evaluations)
+
+
+def image_range(spec: InputSpec) -> tuple[float, float] | None:
+    """The least and the largest value of an image in the network's normalised space, if the input says so."""
+    if spec.valid_range is None:
+        return None
+    low, high = spec.valid_range
+    ends = [((low - mean) / std, (high - mean) / std) for mean, std in zip(spec.mean, spec.std, strict=True)]
+    return min(lo for lo, _ in ends), max(hi for _, hi in ends)

@@ -1,5 +1,6 @@
 """The methods: paper and released code told apart row by row, and each idea where it belongs."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,11 @@ from zsq_ext.core.progress import QUIET
 from zsq_ext.core.run import Run
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods import controls, hast, qat, synq
+from zsq_ext.methods.dfq import Dfq
+from zsq_ext.methods.dgh import DghImages
 from zsq_ext.methods.images import GaussianImages, PixelImages
 from zsq_ext.methods.job import Images, Job
+from zsq_ext.methods.ptq import Reconstruction
 from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.quant.config import QConfig
@@ -22,6 +26,7 @@ from zsq_ext.synth.generator import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
 from zsq_ext.tune.finetune import TuneConfig
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, Perturb, SoftLabels
+from zsq_ext.tune.reconstruct_config import KINDS
 
 
 def idea(config, kind):
@@ -77,15 +82,27 @@ def test_hast_is_the_pipeline_without_synqs_three_ideas():
         assert config.images == base.images
 
 
+HALVES = {
+    "synq": (PixelImages, Qat),
+    "hast": (PixelImages, Qat),
+    "dgh": (DghImages, Reconstruction),
+    "dfq": (GaussianImages, Dfq),
+    "minmax": (PixelImages, Qat),
+    "noise": (GaussianImages, Qat),
+}
+
+
 def test_every_method_gives_a_configuration_for_every_preset_and_profile():
     for name, method in methods.METHODS.items():
         for preset in methods.PRESETS:
             for profile in method.profiles:
                 config = method.config(preset, profile)
                 assert isinstance(config, Recipe), name
-                assert isinstance(config.images, GaussianImages if name == "noise" else PixelImages)
-                assert isinstance(config.tune, Qat)
-                assert (config.tune.finetune.epochs == 0) == (name == "minmax")
+                images, tune = HALVES[name]
+                assert (type(config.images), type(config.tune)) == (images, tune)
+                if tune is Qat:
+                    assert (config.tune.finetune.epochs == 0) == (name == "minmax")
+                assert json.loads(json.dumps(config.to_dict()))["images"]["kind"] == images.__name__
 
 
 QUICK = changed(
@@ -200,8 +217,6 @@ def test_given_images_need_neither_generation_nor_a_generator(teacher):
 
 def test_configurations_are_plain_values():
     """Frozen, comparable and made of JSON values, so that a run folder can tell them apart."""
-    import json
-
     for preset in methods.PRESETS:
         config = synq.config(preset, "repo")
         assert config == synq.config(preset, "repo")
@@ -264,3 +279,10 @@ def test_a_tuning_takes_the_place_of_a_methods_own():
         assert off == replace(own, finetune=replace(own.finetune, epochs=0))
         with pytest.raises(ValueError, match="tune must be left out or 'none' where the method tunes nothing"):
             methods.tuning("qat", preset, off)
+        for name, config in KINDS.items():
+            made = methods.tuning(name, preset, own)
+            assert (made.config.joint, made.config.qdrop) == (config.joint, config.qdrop)
+            assert (made.config.iterations == config.iterations) == (preset == "imagenet")
+            assert methods.tuning("qat", preset, made) == synq.plain_tuning(preset)
+            assert methods.tuning("none", preset, made) == controls.ranges_alone(preset)
+        assert methods.tuning("dfq", preset, own) == Dfq(ranges="images")

@@ -9,6 +9,7 @@ from zsq_ext.core.progress import QUIET
 from zsq_ext.core.run import Run
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods import controls
+from zsq_ext.methods.dfq import Dfq, image_range
 from zsq_ext.methods.job import Job, hold_out
 from zsq_ext.methods.ptq import Reconstruction
 from zsq_ext.quant.config import QConfig
@@ -64,3 +65,23 @@ def test_ranges_alone_need_no_classes(teacher, w_range):
     own = teacher.state_dict()
     assert all(torch.equal(p, own[name]) for name, p in outcome.student.named_parameters())
     assert (outcome.evaluations, outcome.epochs) == ([], 0)
+
+
+@pytest.mark.parametrize("ranges", ["batch_norms", "images"])
+def test_data_free_quantization_of_a_job(teacher, ranges):
+    way = Dfq(ranges=ranges, batch=5, batches=3)
+    qconfig = QConfig(8, 8, "all_layers" if ranges == "images" else "academic")
+    way.check(teacher, SPEC, qconfig)
+    outcome = way.run(job(teacher, qconfig), IMAGES)
+    assert all(q.batches == (3 if ranges == "images" else 1) for q in activation_quantizers(outcome.student))
+    with torch.no_grad():
+        expected = teacher(IMAGES.held_out)
+        assert (outcome.student(IMAGES.held_out) - expected).norm() < 0.2 * expected.norm()
+    with pytest.raises(ValueError, match=r"^Dfq: ranges must be one of batch_norms, images, got 'noise'$"):
+        Dfq(ranges="noise")
+
+
+def test_the_range_of_an_image_is_that_of_its_widest_channel():
+    spec = InputSpec((2, 8, 8), mean=(0.5, 0.25), std=(0.5, 0.125), valid_range=(0.0, 1.0))
+    assert image_range(spec) == (-2.0, 6.0)
+    assert image_range(SPEC) is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from zsq_ext.methods import controls, dgh, hast, synq
+from zsq_ext.methods import controls, dfq, dgh, hast, synq
 from zsq_ext.methods.ptq import reconstruction
 from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe, Tuning
@@ -35,12 +35,13 @@ METHODS = {
     "synq": Method("SynQ, ICLR 2025", synq.config, profiles=("repo", "paper")),
     "hast": Method("HAST, CVPR 2023: SynQ's pipeline without its three ideas", hast.config),
     "dgh": Method("DGH, WACV 2025", dgh.config, profiles=dgh.PROFILES, placement="all_layers"),
+    "dfq": Method("DFQ, ICCV 2019: weights rewritten, no images", dfq.config),
     "minmax": Method("control: ranges from synthetic images, nothing tuned", controls.minmax),
     "noise": Method("control: tuned on Gaussian noise", controls.noise),
 }
 
 RECONSTRUCTIONS = ("brecq", "genie_m", "adaround")
-TUNINGS = ("qat", *RECONSTRUCTIONS, "none")
+TUNINGS = ("qat", *RECONSTRUCTIONS, "dfq", "none")
 
 
 def get(name: str) -> Method:
@@ -59,7 +60,7 @@ def tuning(name: str, preset: str, own: Tuning) -> Tuning:
 
     Args:
         name: ``"qat"``: the method's own fine-tuning, or SynQ's without its three ideas; ``"brecq"``, ``"genie_m"`` or
-            ``"adaround"``: reconstruction; ``"none"``: ranges alone.
+            ``"adaround"``: reconstruction; ``"dfq"``: equalisation and bias correction; ``"none"``: ranges alone.
         preset: size of the run.
         own: what the method does.
 
@@ -70,6 +71,8 @@ def tuning(name: str, preset: str, own: Tuning) -> Tuning:
         raise ValueError(f"quantize: tune must be one of {', '.join(TUNINGS)}, got {name!r}")
     if name in RECONSTRUCTIONS:
         return reconstruction(name, preset)
+    if name == "dfq":
+        return dfq.Dfq(ranges="images")
     if name == "none":
         if isinstance(own, Qat):
             return replace(own, finetune=replace(own.finetune, epochs=0))

@@ -338,7 +338,11 @@ REFUSED = {
         ValueError,
         "profile must be one of repo, got 'paper'",
     ),
-    "tune": ({"tune": "brecq2"}, ValueError, "tune must be one of qat, none, got 'brecq2'"),
+    "tune": (
+        {"tune": "brecq2"},
+        ValueError,
+        "tune must be one of qat, brecq, genie_m, adaround, dfq, none, got 'brecq2'",
+    ),
     "nothing to tune": (
         {"method": "minmax", "preset": "smoke", "tune": "qat"},
         ValueError,

@@ -23,13 +23,13 @@ from torch import nn
 from torch.nn import functional as F
 import zsq_ext as zsq
 from zsq_ext.core.progress import Progress
-from zsq_ext.methods import synq
+from zsq_ext.methods import dgh, synq
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.synth.generator import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
 from zsq_ext.tune.finetune import TuneConfig
 
-out, resume, stage_to_die_in, step_to_die_at, with_signal = sys.argv[1:]
+method, out, resume, stage_to_die_in, step_to_die_at, with_signal = sys.argv[1:]
 
 class Net(nn.Module):
     def __init__(self):
@@ -61,7 +61,7 @@ net = Net().train()
 with torch.no_grad():
     for _ in range(3):
         net(torch.randn(16, 3, 8, 8))
-recipe = Recipe(
+synq_recipe = Recipe(
     replace(
         synq.IMAGES["cifar"],
         images=8,
@@ -75,15 +75,19 @@ recipe = Recipe(
         finetune=TuneConfig(epochs=2, steps_per_epoch=13, batch=4, lr=1e-3, lr_epochs=(1,)),
     ),
 )
+own = dgh.config("smoke", "repo")
+stored = replace(own.images.stored, batch=6, iterations=6, border=2)
+tune = replace(own.tune, config=replace(own.tune.config, iterations=25, activation_iterations=15, batch=4))
+dgh_recipe = Recipe(replace(own.images, images=10, held_out=4, stored=stored), tune)
 zsq.quantize(
-    net.eval(), "synq", w_bits=4, a_bits=4, input_shape=(3, 8, 8), config=recipe, out=out, resume=resume == "yes",
-    progress=Deadly(quiet=True),
+    net.eval(), method, w_bits=4, a_bits=4, input_shape=(3, 8, 8), out=out, resume=resume == "yes",
+    config={"synq": synq_recipe, "dgh": dgh_recipe}[method], progress=Deadly(quiet=True),
 )
 """
 
 
-def start(out, resume=False, stage="", step=0, sign=signal.SIGKILL):
-    arguments = [str(out), "yes" if resume else "no", stage, str(step), str(int(sign))]
+def start(out, resume=False, stage="", step=0, sign=signal.SIGKILL, method="synq"):
+    arguments = [method, str(out), "yes" if resume else "no", stage, str(step), str(int(sign))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ZSQ_CHECKPOINT_SECONDS": "0"}
     command = [sys.executable, "-c", RUN, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -145,3 +149,17 @@ def test_interrupted_by_the_keyboard(tmp_path):
     assert load_tensors(tmp_path / "checkpoint-images-0.safetensors")[1]["step"] == 10
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"config.json", "seconds.json", "checkpoint-images-0.safetensors"}
+
+
+def test_killed_while_a_set_is_made_and_within_a_block(tmp_path):
+    """DGH: 14 images in batches of 6, 6 and 2, visited by turns; then BRECQ, rounding before steps, block by block."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(whole, method="dgh").returncode == 0
+    assert start(broken, stage="images", step=13, method="dgh").returncode == -signal.SIGKILL
+    process = start(broken, resume=True, stage="convs 2/3", step=13, method="dgh")
+    assert stages(process)[0] == "images from 10"
+    assert process.returncode == -signal.SIGKILL, stages(process)
+    process = start(broken, resume=True, method="dgh")
+    assert process.returncode == 0, process.stderr
+    assert stages(process)[0] == "convs 2/3 from 10"
+    assert_same(broken, whole)

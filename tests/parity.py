@@ -75,6 +75,16 @@ def strides_like(x, size=None):
 # backends; `fast` is conftest.py's pair of a backend's name and its device
 
 
+def by(name, op):
+    """A registered op on one backend, as a function of the op's own arguments."""
+
+    def run(*args):
+        with backend.backend(name):
+            return getattr(torch.ops.zsq, op)(*args)
+
+    return run
+
+
 def refused(fast, op, dtype, call):
     """Whether the backend has no op for the dtype; it is then seen that `call`, under that backend, says so."""
     name, device = fast

@@ -338,11 +338,7 @@ REFUSED = {
         ValueError,
         "profile must be one of repo, got 'paper'",
     ),
-    "tune": (
-        {"tune": "brecq2"},
-        ValueError,
-        "tune must be one of qat, brecq, genie_m, adaround, dfq, none, got 'brecq2'",
-    ),
+    "tune": ({"tune": "brecq2"}, ValueError, "tune must be one of qat, brecq, .*, none, got 'brecq2'"),
     "nothing to tune": (
         {"method": "minmax", "preset": "smoke", "tune": "qat"},
         ValueError,

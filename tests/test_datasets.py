@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zsq_ext.zoo import datasets
+from zsq_ext.zoo import cifar
 from zsq_ext.zoo.datasets import cifar10, cifar10_spec, cifar100, cifar100_spec, imagenet_folder, imagenet_spec
 
 READERS = {"cifar10": cifar10, "cifar100": cifar100}
@@ -231,8 +231,8 @@ def test_hostile_or_foreign_batch(tmp_path, case):
     (tmp_path / "test_batch").write_bytes(make())
     with pytest.raises(ValueError, match=f"cifar10: .*'test_batch'.*{message}"):
         cifar10(tmp_path)
-    assert not hasattr(datasets._PickledArray, "x")
-    assert not hasattr(datasets._PickledBytes, "x")
+    assert not hasattr(cifar._PickledArray, "x")
+    assert not hasattr(cifar._PickledBytes, "x")
 
 
 def test_array_that_claims_more_than_it_has(tmp_path):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from parity import (
     assert_same,
     assert_within,
+    by,
     every,
     on_every_path,
     refused,
@@ -27,7 +28,7 @@ from parity import (
     unchanged,
 )
 
-from zsq_ext.ops import adaround, adaround_start, backend, cpu, reference
+from zsq_ext.ops import adaround, adaround_start, backend
 from zsq_ext.ops.cases import adaround as cases
 
 ALL = every(cases.ADAROUND)
@@ -156,8 +157,8 @@ def assert_backward(found, case, op, device="cpu"):
 
 @ALL
 def test_reference_is_the_formula(case):
-    assert_forward(reference.adaround(*case.lists(), False), case, reference.adaround)
-    assert_backward(reference.adaround_backward(*case.backward_args()), case, reference.adaround)
+    assert_forward(by("reference", "adaround")(*case.lists(), False), case, by("reference", "adaround"))
+    assert_backward(by("reference", "adaround_backward")(*case.backward_args()), case, by("reference", "adaround"))
 
 
 def test_documented_example():
@@ -218,7 +219,7 @@ def test_forward_agrees_with_the_reference(case, fast):
         assert_forward(found, case, torch.ops.zsq.adaround, device)
         again = torch.ops.zsq.adaround(*args, False)
         (without,), nothing = torch.ops.zsq.adaround(*args[:7], None, False)
-    assert found[0][0].stride() == reference.adaround(*case.lists(), False)[0][0].stride()
+    assert found[0][0].stride() == by("reference", "adaround")(*case.lists(), False)[0][0].stride()
     assert_same(again, found)
     assert_same(without, found[0][0])
     assert nothing.numel() == 0
@@ -234,7 +235,7 @@ def test_backward_agrees_with_the_reference(case, fast):
         assert_backward(found, case, torch.ops.zsq.adaround, device)
         again = torch.ops.zsq.adaround_backward(*args)
         (alone,), nothing = torch.ops.zsq.adaround_backward(*args[:-1], False)
-    assert found[0][0].stride() == reference.adaround_backward(*case.backward_args())[0][0].stride()
+    assert found[0][0].stride() == by("reference", "adaround_backward")(*case.backward_args())[0][0].stride()
     assert_same(again, found)
     assert_same(alone, found[0][0])
     assert nothing == []
@@ -248,17 +249,17 @@ def test_fast_backends_agree_on_every_bit(case, fast):
     with backend.backend(name):
         (w_hat,), _ = torch.ops.zsq.adaround(*case.lists(device), False)
         (dv,), _ = torch.ops.zsq.adaround_backward(*case.backward_args(device))
-    assert_same(w_hat, cpu.adaround(*case.lists(), False)[0][0])
-    assert_same(dv, cpu.adaround_backward(*case.backward_args())[0][0])
+    assert_same(w_hat, by("cpu", "adaround")(*case.lists(), False)[0][0])
+    assert_same(dv, by("cpu", "adaround_backward")(*case.backward_args())[0][0])
 
 
 @ALL
 def test_neither_path_nor_threads_change_a_bit(case):
     on_every_path(
         lambda: (
-            cpu.adaround(*case.lists(), False),
-            cpu.adaround(*case.lists()[:7], None, True),
-            cpu.adaround_backward(*case.backward_args()),
+            by("cpu", "adaround")(*case.lists(), False),
+            by("cpu", "adaround")(*case.lists()[:7], None, True),
+            by("cpu", "adaround_backward")(*case.backward_args()),
         )
     )
 
@@ -316,7 +317,7 @@ def test_more_weights_than_one_launch_takes(fast):
             (dv_,), (dscale_,) = torch.ops.zsq.adaround_backward([grads[k]], *one, 0, beta, grad_reg, True)
             for a, b in ((found[k], w_hat), (dv[k], dv_), (dscale[k], dscale_)):
                 assert_same(a, b)
-    _, expected = reference.adaround(
+    _, expected = by("reference", "adaround")(
         *([t.cpu() if torch.is_tensor(t) else t for t in p] for p in many[:6]), 0, beta.cpu(), False
     )
     torch.testing.assert_close(reg.cpu(), expected, rtol=1e-5, atol=0)  # 8400 terms of float32, each off by a few units

@@ -122,7 +122,8 @@ OPS = {
     "bn_act": Op(
         {"u": X, "mean": PER_CHANNEL, "var": PER_CHANNEL, "gamma": None, "beta": None, "eps": 1e-5},
         {"u": "x", "mean": "tensor", "var": "tensor", "gamma": "tensor?", "beta": "tensor?", "eps": "number"}
-        | {"residual": "tensor?", "act": "name", "quant": "quant?", "quant_grad": "name", "stats": "name?"},
+        | {"residual": "tensor?", "act": "name", "quant": "quant?", "quant_grad": "name", "stats": "name?"}
+        | {"extremes": "flag"},
         {"eps": [-1, math.inf], "u": [torch.ones(3)], "quant": [(STEP, ZERO, 8, 7), (STEP, ZERO, 0, True)]},
     ),
     "channel_sums": Op(

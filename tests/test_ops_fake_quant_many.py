@@ -15,33 +15,32 @@ Broken on purpose, each seen red:
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.backends.common import aot_autograd
+from parity import (
+    assert_exports,
+    assert_raises,
+    assert_same,
+    by,
+    compiled,
+    every,
+    interpreted,
+    on_every_path,
+    ours,
+    refused,
+    replayed,
+    skip_refused,
+    unchanged,
+)
 
-from zsq_ext.ops import backend, cpu, fake_quant, fake_quant_many, reference
+from zsq_ext.ops import backend, fake_quant, fake_quant_many, reference
 from zsq_ext.ops.cases import fake_quant_many as cases
 
-ALL = pytest.mark.parametrize("case", cases.FAKE_QUANT_MANY, ids=lambda case: case.name)
+ALL = every(cases.FAKE_QUANT_MANY)
 CASE = {case.name: case for case in cases.FAKE_QUANT_MANY}
 LEARNED = pytest.mark.parametrize("learned", [False, True], ids=["given", "learned"])
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def bits(t):
-    """The tensor as integers, so that 0 and -0 differ; every NaN as one value, since only its place is promised."""
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return t.detach().cpu().contiguous().view(kind).masked_fill(t.detach().cpu().isnan(), -1)
-
-
-def same(got, expected):
-    for k, (a, b) in enumerate(zip(got, expected, strict=True)):
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        wrong = bits(a) != bits(b)
-        assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} differ in {k}"
 
 
 def each(lists):
@@ -71,15 +70,6 @@ def backward(grads, lists, need_dx=None, need_sums=None):
     return [*dx, *sums]
 
 
-def runs(name, case, device):
-    """Whether the backend takes such tensors; that it says why it does not."""
-    reason = backend.reason_against(name, "fake_quant_many", device, case.dtype)
-    if reason is not None:
-        with backend.backend(name), pytest.raises(NotImplementedError, match=reason):
-            torch.ops.zsq.fake_quant_many(*case.args(device))
-    return reason is None
-
-
 # parity
 
 
@@ -87,35 +77,34 @@ def runs(name, case, device):
 @LEARNED
 def test_the_forward_has_the_bits_of_one_by_one(case, learned, fast):
     name, device = fast
-    if not runs(name, case, device):
-        return
     lists = case.args(device, learned=learned)
-    before = [t.clone() for ts in lists[:3] for t in ts]
-    with backend.backend(name):
+    if refused(fast, "fake_quant_many", case.dtype, lambda: torch.ops.zsq.fake_quant_many(*lists)):
+        return
+    with backend.backend(name), unchanged(lists):
         got = torch.ops.zsq.fake_quant_many(*lists)
         expected = [fake_quant(*args, grad="lsq_plus" if learned else "ste") for args in each(lists)]
-    same(got, expected)
+    assert_same(got, expected)
     assert [t.stride() for t in got] == [t.stride() for t in expected]
-    same(got, reference.fake_quant_many(*case.args(learned=learned)))
-    same([t for ts in lists[:3] for t in ts], before)
+    assert_same(got, by("reference", "fake_quant_many")(*case.args(learned=learned)))
 
 
 @ALL
 @LEARNED
 def test_gradients_have_the_bits_of_one_by_one(case, learned, fast):
     name, device = fast
-    if not runs(name, case, device):
-        return
-    if case.name == "slabs" and (name, device) == ("triton", "cpu"):
+    skip_refused(fast, "fake_quant_many", case.dtype)
+    if case.name == "slabs" and interpreted(fast):
         pytest.skip("the interpreter takes a minute; parts has several sums per channel too")
     grads, lists = case.grads(device), case.args(device, learned=learned)
     with backend.backend(name):
         got, expected = backward(grads, lists), one_by_one(grads, lists)
-    same(got, expected)
+    assert_same(got, expected)
     assert [t.stride() for t in got] == [t.stride() for t in expected]
     n = len(grads)
     on_cpu = case.args(learned=learned)
-    same(got[:n], [reference.fake_quant_backward(g, *args) for g, args in zip(case.grads(), each(on_cpu), strict=True)])
+    assert_same(
+        got[:n], [reference.fake_quant_backward(g, *args) for g, args in zip(case.grads(), each(on_cpu), strict=True)]
+    )
 
 
 @pytest.mark.parametrize("name", ["weights", "columns", "empty", "grouped", "layouts", "parts"])
@@ -128,31 +117,24 @@ def test_what_is_not_wanted_is_left_out(name, want, fast):
     need_sums = [want == "sums" or (want != "dx" and k % 3 != 0) for k in range(n)]
     with backend.backend(backend_name):
         got = backward(grads, lists, need_dx, need_sums)
-        same(got, one_by_one(grads, lists, need_dx, need_sums))
+        assert_same(got, one_by_one(grads, lists, need_dx, need_sums))
     assert len(got) == sum(need_dx) + 2
     assert got[-1].numel() == sum(s.numel() for s, need in zip(lists[1], need_sums, strict=True) if need)
 
 
 @ALL
-def test_the_scalar_path_and_any_number_of_threads(case):
-    native = pytest.importorskip("zsq_ext._C")
+def test_neither_path_nor_threads_change_a_bit(case):
+    pytest.importorskip("zsq_ext._C")
     grads, lists = case.grads(), case.args(learned=True)
-    n = len(grads)
-    expected = reference.fake_quant_many(*lists)
-    one = [cpu.fake_quant_lsq_backward(g, *args) for g, args in zip(grads, each(lists), strict=True)]
-    threads, simd = torch.get_num_threads(), native.simd_enabled()
-    try:
-        for number, path in ((1, True), (2, True), (5, True), (2, False)):
-            torch.set_num_threads(number)
-            native.set_simd(path)
-            same(cpu.fake_quant_many(*lists), expected)
-            dx, *sums = cpu.fake_quant_many_backward(grads, *lists, [True] * n, [True] * n)
-            same(dx, [found[0] for found in one])
-            for k, sum_ in enumerate(sums):
-                same([sum_], [torch.cat([found[1 + k].flatten() for found in one])])
-    finally:
-        torch.set_num_threads(threads)
-        native.set_simd(simd)
+
+    def found():
+        with backend.backend("cpu"):
+            return torch.ops.zsq.fake_quant_many(*lists), backward(grads, lists)
+
+    outs, gradients = on_every_path(found)
+    assert_same(outs, by("reference", "fake_quant_many")(*lists))
+    with backend.backend("cpu"):
+        assert_same(gradients, one_by_one(grads, lists))
 
 
 @pytest.mark.parametrize("name", ["weights", "layouts", "grouped", "empty", "fp16"])
@@ -160,7 +142,7 @@ def test_out_is_written_and_returned(name, fast):
     backend_name, device = fast
     *lists, axes = CASE[name].args(device)
     axes = [None if axis < 0 else axis for axis in axes]
-    expected = reference.fake_quant_many(*CASE[name].args())
+    expected = by("reference", "fake_quant_many")(*CASE[name].args())
     strided = [torch.empty([2 * n for n in t.shape], dtype=t.dtype, device=device) for t in lists[0]]
     strided = [t[tuple(slice(None, None, 2) for _ in t.shape)] for t in strided]
     own = [t.clone() for t in lists[0]]
@@ -171,7 +153,7 @@ def test_out_is_written_and_returned(name, fast):
             found = fake_quant_many(tensors, *lists[1:], axes, out=tuple(outs))
             assert isinstance(found, list)
             assert all(a is b for a, b in zip(found, outs, strict=True))
-            same(outs, expected)
+            assert_same(outs, expected)
             assert all(out._version > v for out, v in zip(outs, versions, strict=True)), "autograd would not notice"
 
 
@@ -201,8 +183,7 @@ def taken(outs, inputs, grads):
 def test_autograd_is_that_of_fake_quant(name, grad, fast):
     backend_name, device = fast
     case = CASE[name]
-    if backend.reason_against(backend_name, "fake_quant_many", device, case.dtype) is not None:
-        pytest.skip(f"{backend_name} takes no {case.dtype}: the forward's test says so")
+    skip_refused(fast, "fake_quant_many", case.dtype)
     lists = leaves(case.args(device, learned=grad == "lsq_plus"))
     *given_, axes = lists
     factors = [1.0 if k % 2 else 0.3 for k in range(len(axes))]
@@ -214,11 +195,11 @@ def test_autograd_is_that_of_fake_quant(name, grad, fast):
             fake_quant(*args, grad=grad, grad_scale=factor) for args, factor in zip(each(lists), factors, strict=True)
         ]
         assert [t.requires_grad for t in got] == [t.requires_grad for t in one]
-        same(got, one)
+        assert_same(got, one)
         for a, b in zip(taken(got, inputs, grads), taken(one, inputs, grads), strict=True):
             assert (a is None) == (b is None)
             if a is not None:
-                same([a], [b])
+                assert_same(a, b)
 
 
 def test_tensors_that_no_gradient_comes_to_cost_nothing():
@@ -229,7 +210,7 @@ def test_tensors_that_no_gradient_comes_to_cost_nothing():
     assert [k for k, t in enumerate(got) if t is not None] == [2, 2 + len(tensors)]
     sum(out.sum() for out in found).backward()
     scales[0].grad.zero_()  # a part of what all sums share, and nobody else's
-    same([scales[2].grad], [got[2 + len(tensors)]])
+    assert_same([scales[2].grad], [got[2 + len(tensors)]])
 
 
 def test_ste_is_the_identity_and_saves_nothing():
@@ -264,8 +245,8 @@ def test_a_tuple_a_list_one_value_for_all_and_nothing():
     scales, zero_points = (torch.rand(3) + 0.1, torch.rand(1) + 0.1), (torch.zeros(1).int(), torch.ones(2).int())
     found = fake_quant_many(tensors, scales, zero_points, -8, 7)
     assert isinstance(found, list)
-    same(found, fake_quant_many(list(tensors), list(scales), list(zero_points), [-8, -8], (7, 7), [-2, 0]))
-    same(found, [fake_quant(*args, -8, 7, 0) for args in zip(tensors, scales, zero_points, strict=True)])
+    assert_same(found, fake_quant_many(list(tensors), list(scales), list(zero_points), [-8, -8], (7, 7), [-2, 0]))
+    assert_same(found, [fake_quant(*args, -8, 7, 0) for args in zip(tensors, scales, zero_points, strict=True)])
     assert fake_quant_many([], [], [], -8, 7) == []
 
 
@@ -287,11 +268,11 @@ def test_properties(seed, data):
         *lists, axes = ([made[k][i] for k in chosen] for i in range(6))
         lists = *lists, [-1 if axis is None else axis for axis in axes]
         found = backward([grads[k] for k in chosen], lists)
-        same(found, one_by_one([grads[k] for k in chosen], lists))
+        assert_same(found, one_by_one([grads[k] for k in chosen], lists))
         return dict(zip(chosen, torch.ops.zsq.fake_quant_many(*lists), strict=True))
 
     straight, mixed = all_of(range(len(made))), all_of(order)
-    same([straight[k] for k in order], [mixed[k] for k in order])
+    assert_same([straight[k] for k in order], [mixed[k] for k in order])
 
 
 ONES = [case for name in ("weights", "shapes", "columns", "grouped", "empty") for case in CASE[name].each]
@@ -300,7 +281,7 @@ ONES = [case for name in ("weights", "shapes", "columns", "grouped", "empty") fo
 # errors
 
 
-@pytest.mark.parametrize("case", cases.FAKE_QUANT_MANY_ERRORS, ids=lambda case: case.name)
+@every(cases.FAKE_QUANT_MANY_ERRORS)
 def test_errors_name_the_argument(case):
     good = {
         "tensors": [torch.zeros(2, 3), torch.zeros(4, 5)],
@@ -309,10 +290,7 @@ def test_errors_name_the_argument(case):
         "qmin": -8,
         "qmax": 7,
     }
-    fake_quant_many(**good)
-    with pytest.raises(case.error) as raised:
-        fake_quant_many(**{**good, **case.change})
-    assert str(raised.value) == case.message
+    assert_raises(case, fake_quant_many, good)
 
 
 # torch's machinery
@@ -336,25 +314,19 @@ def test_opcheck(name):
 def test_compile_keeps_the_sums_and_opens_the_rest(grad):
     tensors, scales, zero_points, qmin, qmax, axes = CASE["weights"].args()
     inputs = [t.requires_grad_() for t in (*tensors, *scales)]
-    n, seen = len(tensors), []
-
-    def look(graph, inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return make_boxed_func(graph.forward)
+    n = len(tensors)
 
     def loss(*inputs):
         found = fake_quant_many(inputs[:n], inputs[n:], zero_points, qmin, qmax, axes, grad=grad)
         return sum((out * (i + 1)).square().sum() for i, out in enumerate(found))
 
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, backend=aot_autograd(fw_compiler=look), fullgraph=True)
-    got = torch.autograd.grad(compiled(*inputs), inputs, allow_unused=True)
-    assert [op for op in seen if "fake_quant" in op] == ["zsq.fake_quant_many_backward.default"] * (grad == "lsq")
-    expected = torch.autograd.grad(loss(*inputs), inputs, allow_unused=True)
-    for a, b in zip(got, expected, strict=True):
+    total, graphs = compiled(loss, *inputs)
+    got = torch.autograd.grad(total, inputs, allow_unused=True)
+    assert [op for seen in graphs for op in ours(seen)] == ["zsq.fake_quant_many_backward.default"] * (grad == "lsq")
+    for a, b in zip(got, torch.autograd.grad(loss(*inputs), inputs, allow_unused=True), strict=True):
         assert (a is None) == (b is None)
         if a is not None:
-            same([a], [b])
+            assert_same(a, b)
 
 
 def test_compile_of_a_forced_backend_keeps_the_op(fast):
@@ -369,9 +341,9 @@ def test_compile_of_a_forced_backend_keeps_the_op(fast):
     torch._dynamo.reset()
     with backend.backend(name):
         twice = torch.compile(into, backend="aot_eager", fullgraph=True)(lists[0], outs)
-    expected = reference.fake_quant_many(*CASE["weights"].args())
-    same(outs, expected)
-    same(twice, [t + t for t in expected])
+    expected = by("reference", "fake_quant_many")(*CASE["weights"].args())
+    assert_same(outs, expected)
+    assert_same(twice, [t + t for t in expected])
 
 
 def test_export_keeps_the_op():
@@ -386,11 +358,7 @@ def test_export_keeps_the_op():
             a, b = fake_quant_many([self.a, self.b], [self.step] * 2, [self.zero] * 2, -8, 7)
             return x @ a.t() @ b.t()
 
-    x = torch.randn(2, 3)
-    model = Model().requires_grad_(False)
-    program = torch.export.export(model, (x,))
-    assert "zsq.fake_quant_many" in str(program.graph)
-    same([program.module()(x)], [model(x)])
+    assert_exports(Model().requires_grad_(False), (torch.randn(2, 3),), (torch.randn(5, 3),), "fake_quant_many")
 
 
 # GPU only
@@ -400,13 +368,12 @@ def test_export_keeps_the_op():
 def test_cuda_graph_replays_with_new_contents():
     case = CASE["more_than_a_table"]
     grads, lists = case.grads("cuda"), case.args("cuda")
-    with backend.backend("cuda"):
-        backward(grads, lists)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outs, found = torch.ops.zsq.fake_quant_many(*lists), backward(grads, lists)
+
+    def change():
         for t in lists[0]:
             t.normal_()
-        graph.replay()
-        same(outs, reference.fake_quant_many(*lists))
-        same(found, one_by_one(grads, lists))
+
+    with backend.backend("cuda"):
+        outs, found = replayed(lambda: (torch.ops.zsq.fake_quant_many(*lists), backward(grads, lists)), change)
+        assert_same(outs, by("reference", "fake_quant_many")(*lists))
+        assert_same(found, one_by_one(grads, lists))

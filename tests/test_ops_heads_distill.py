@@ -23,6 +23,7 @@ from parity import (
     assert_raises,
     assert_same,
     assert_within,
+    by,
     compiled,
     every,
     path,
@@ -32,7 +33,7 @@ from parity import (
     unchanged,
 )
 
-from zsq_ext.ops import KD_SCALINGS, backend, cpu, distill_head, reference
+from zsq_ext.ops import KD_SCALINGS, backend, distill_head, reference
 from zsq_ext.ops.cases import heads as cases
 from zsq_ext.ops.reference.heads import LOG_FLOOR, kd_weight
 
@@ -170,7 +171,7 @@ def rounding_of(t):
 
 
 def assert_forward(case, got):
-    bounds, (kd, ce, easy, counts, rows) = Bounds(case), reference.distill_head(*case.args())
+    bounds, (kd, ce, easy, counts, rows) = Bounds(case), by("reference", "distill_head")(*case.args())
     slack = bounds.rows(rows)
     for i, name in enumerate(COLUMNS):
         column = slack[:, i] + rounding_of(rows[:, i]) if i < 6 else 0
@@ -190,7 +191,7 @@ def assert_forward(case, got):
 
 def backward_args(case, device="cpu", kd=True, ce=True):
     """What the backward gets after a forward of the reference, both gradients wanted."""
-    _, _, easy, _, rows = reference.distill_head(*case.args())
+    _, _, easy, _, rows = by("reference", "distill_head")(*case.args())
     student, teacher, labels, _, *rest = case.args(device)
     grad_kd, grad_ce = case.grads(device)
     grads = grad_kd if kd else None, grad_ce if ce else None
@@ -198,7 +199,7 @@ def backward_args(case, device="cpu", kd=True, ce=True):
 
 
 def assert_backward(case, got, **which):
-    expected = reference.distill_head_backward(*backward_args(case, **which))
+    expected = by("reference", "distill_head_backward")(*backward_args(case, **which))
     slacks = Bounds(case).slopes(backward_args(case)[4], case.grads())
     for name, g, e, slack in zip(("dstudent", "dteacher"), got, expected, slacks, strict=True):
         assert g.dtype == case.dtype
@@ -400,8 +401,8 @@ def test_one_gradient_alone(kd, ce, fast):
 
 @ALL
 def test_scalar_path_agrees_with_the_reference(case, scalar):
-    assert_forward(case, cpu.distill_head(*case.args()))
-    assert_backward(case, cpu.distill_head_backward(*backward_args(case)))
+    assert_forward(case, by("cpu", "distill_head")(*case.args()))
+    assert_backward(case, by("cpu", "distill_head_backward")(*backward_args(case)))
 
 
 def test_a_backend_repeats_its_bits(fast):
@@ -416,7 +417,9 @@ def test_any_number_of_threads_gives_the_same_bits():
     case, found = CASE["threads"], []
     for threads in (1, 2, 5):
         with path(threads=threads):
-            found.append((cpu.distill_head(*case.args()), cpu.distill_head_backward(*backward_args(case))))
+            found.append(
+                (by("cpu", "distill_head")(*case.args()), by("cpu", "distill_head_backward")(*backward_args(case)))
+            )
         assert_same(found[-1], found[0])
 
 
@@ -468,7 +471,7 @@ def test_the_teacher_costs_nothing_where_it_is_not_trained(monkeypatch):
     asked = []
     original = reference.distill_head_backward
     monkeypatch.setattr(
-        reference, "distill_head_backward", lambda *args: (asked.append((*args[5:7], *args[-2:])), original(*args))[1]
+        reference, "distill_head_backward", lambda *args: (asked.append((*args[3], *args[5])), original(*args))[1]
     )
     backend.find.cache_clear()
     args = public(CASE["kl_batchmean"].args())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zsq_ext.bench.subject import Subject
 from zsq_ext.ops import adaround_many, reference
+from zsq_ext.ops.adaround_spec import Rounding
 from zsq_ext.ops.cases import adaround as cases
 
 # pass -> bytes per element: v and base in, w_hat out; then grad, v and base in, and v's gradient out
@@ -68,7 +69,7 @@ def _fused(*args: Any) -> Any:
 def _expected(grads: list[Tensor], args: tuple[Any, ...], pass_: str) -> Tensor:
     v, base, scale, zero_point, qmin, qmax = args
     beta = torch.tensor(_BETA, device=v[0].device)
-    first = v[:1], base[:1], scale[:1], zero_point[:1], [qmin], [qmax], 0, beta
+    first = v[:1], Rounding(base[:1], scale[:1], zero_point[:1], [qmin], [qmax], 0), beta
     if pass_ == "forward":
         return reference.adaround(*first, False)[0][0]
     return reference.adaround_backward(grads[:1], *first, torch.ones_like(beta), False)[0][0]

@@ -11,6 +11,7 @@ from zsq_ext.bench import fake_quant as one
 from zsq_ext.bench.subject import Subject
 from zsq_ext.ops import fake_quant, fake_quant_many, reference
 from zsq_ext.ops.cases import fake_quant_many as cases
+from zsq_ext.ops.fake_quant_many_spec import Grids
 
 # pass -> bytes moved per byte of the weights: x in, x_hat out; then grad and x in, and the gradient out
 _BYTES = {"forward": 2, "forward+backward": 5}
@@ -66,5 +67,5 @@ def _pass(function: Callable[..., list[Tensor]], pass_: str) -> Callable[[list[T
 
 def _expected(grads: list[Tensor], lists: Lists, pass_: str) -> list[Tensor]:
     if pass_ == "forward":
-        return reference.fake_quant_many(*lists)
+        return reference.fake_quant_many(lists[0], Grids(*lists[1:]))
     return [reference.fake_quant_backward(grad, *args) for grad, *args in zip(grads, *lists, strict=True)]

@@ -9,64 +9,63 @@ from torch import Tensor
 
 from zsq_ext.ops import backend, reference
 from zsq_ext.ops import check as checks
+from zsq_ext.ops.adaround_spec import ROUNDING, Rounding
 from zsq_ext.ops.layout import COMPUTE, empty_rows
 from zsq_ext.ops.once import differentiable_once
 
-_ARGS = (
-    "Tensor[] v, Tensor[] base, Tensor[] scale, Tensor[] zero_point, int[] qmin, int[] qmax, int? axis, Tensor? beta"
-)
+_ARGS = f"Tensor[] v, {ROUNDING}, Tensor? beta"
 
 # base is an int16, and lies up to two codes below the range and one above it.
 _CODE_LIMIT = 2**15 - 2
 
 
-def _fake(
-    v: list[Tensor],
-    base: list[Tensor],
-    scale: list[Tensor],
-    zero_point: list[Tensor],
-    qmin: list[int],
-    qmax: list[int],
-    axis: int | None,
-    beta: Tensor | None,
-    hard: bool,
-) -> tuple[list[Tensor], Tensor]:
-    found = [empty_rows(v_, scale_.numel(), axis) for v_, scale_ in zip(v, scale, strict=True)]
-    return found, scale[0].new_empty(0 if beta is None else ())
+def _gathered(v: list[Tensor], *rest: Any) -> tuple[Any, ...]:
+    return v, Rounding(*rest[:6]), *rest[6:]
 
 
-def _fake_backward(
+def _gathered_backward(grad: list[Tensor], *rest: Any) -> tuple[Any, ...]:
+    return grad, *_gathered(*rest)
+
+
+def _fake(v: list[Tensor], *rest: Any) -> tuple[list[Tensor], Tensor]:
+    _, rounding, beta, _ = _gathered(v, *rest)
+    return _empty(v, rounding), rounding.scale[0].new_empty(0 if beta is None else ())
+
+
+def _fake_backward(grad: list[Tensor], *rest: Any) -> tuple[list[Tensor], list[Tensor]]:
+    _, v, rounding, _, _, need_scale = _gathered_backward(grad, *rest)
+    return _empty(v, rounding), [torch.empty_like(scale) for scale in rounding.scale] if need_scale else []
+
+
+def _empty(v: list[Tensor], rounding: Rounding) -> list[Tensor]:
+    return [empty_rows(t, scale.numel(), rounding.axis) for t, scale in zip(v, rounding.scale, strict=True)]
+
+
+_op = backend.define(f"adaround({_ARGS}, bool hard) -> (Tensor[], Tensor)", _fake, gathered=_gathered)
+_op_backward = backend.define(
+    f"adaround_backward(Tensor[] grad, {_ARGS}, Tensor? grad_reg, bool need_scale) -> (Tensor[], Tensor[])",
+    _fake_backward,
+    gathered=_gathered_backward,
+)
+
+
+def _forward(v: list[Tensor], rounding: Rounding, beta: Tensor | None, hard: bool) -> tuple[list[Tensor], Tensor]:
+    if beta is None and backend.decomposes():
+        return reference.adaround(v, rounding, beta, hard)
+    return _op(v, *rounding, beta, hard)
+
+
+def _backward(
     grad: list[Tensor],
     v: list[Tensor],
-    base: list[Tensor],
-    scale: list[Tensor],
-    zero_point: list[Tensor],
-    qmin: list[int],
-    qmax: list[int],
-    axis: int | None,
+    rounding: Rounding,
     beta: Tensor | None,
     grad_reg: Tensor | None,
     need_scale: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    dv = [empty_rows(v_, scale_.numel(), axis) for v_, scale_ in zip(v, scale, strict=True)]
-    return dv, [torch.empty_like(scale_) for scale_ in scale] if need_scale else []
-
-
-_op = backend.define(f"adaround({_ARGS}, bool hard) -> (Tensor[], Tensor)", _fake)
-_op_backward = backend.define(
-    f"adaround_backward(Tensor[] grad, {_ARGS}, Tensor? grad_reg, bool need_scale) -> (Tensor[], Tensor[])",
-    _fake_backward,
-)
-
-
-def _forward(v: list[Tensor], *rest: Any) -> tuple[list[Tensor], Tensor]:
-    beta = rest[-2]
-    return (reference.adaround if beta is None and backend.decomposes() else _op)(v, *rest)
-
-
-def _backward(grad: list[Tensor], *rest: Any) -> tuple[list[Tensor], list[Tensor]]:
-    need_scale = rest[-1]
-    return (_op_backward if need_scale or not backend.decomposes() else reference.adaround_backward)(grad, *rest)
+    if backend.decomposes() and not need_scale:
+        return reference.adaround_backward(grad, v, rounding, beta, grad_reg, need_scale)
+    return _op_backward(grad, v, *rounding, beta, grad_reg, need_scale)
 
 
 class _AdaRound(torch.autograd.Function):
@@ -78,7 +77,8 @@ class _AdaRound(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(beta, *tensors)
         ctx.range = qmin, qmax, axis
-        found, reg = _forward(*_quarters(tensors), qmin, qmax, axis, beta, False)
+        v, base, scale, zero_point = _quarters(tensors)
+        found, reg = _forward(v, Rounding(base, scale, zero_point, qmin, qmax, axis), beta, False)
         return (*found, reg) if beta is not None else tuple(found)
 
     @staticmethod
@@ -88,7 +88,9 @@ class _AdaRound(torch.autograd.Function):
         n = len(tensors) // 4
         need_scale = any(ctx.needs_input_grad[4 + 2 * n : 4 + 3 * n])
         grad_reg = None if beta is None else grads[n]
-        dv, dscale = _backward(list(grads[:n]), *_quarters(tensors), *ctx.range, beta, grad_reg, need_scale)
+        v, base, scale, zero_point = _quarters(tensors)
+        rounding = Rounding(base, scale, zero_point, *ctx.range)
+        dv, dscale = _backward(list(grads[:n]), v, rounding, beta, grad_reg, need_scale)
         none = [None] * n
         return None, None, None, None, *dv, *none, *(dscale if need_scale else none), *none
 
@@ -299,5 +301,5 @@ def _adaround(
         return list(out[: len(v)]), None if beta is None else out[-1]
     # The op itself knows no gradient, and would say so by a warning.
     v, scale = [t.detach() for t in v], [t.detach() for t in scale]
-    found, reg = _forward(v, base, scale, zero_point, qmin, qmax, axis, beta, hard)
+    found, reg = _forward(v, Rounding(base, scale, zero_point, qmin, qmax, axis), beta, hard)
     return found, None if beta is None else reg

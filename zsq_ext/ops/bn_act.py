@@ -215,6 +215,7 @@ def bn_act(
         raise TypeError(f"bn_act: {'mean' if mean is None else 'var'} must be a tensor, got NoneType")
     mean, var, gamma, beta = check_channels("bn_act", u, mean=mean, var=var, gamma=gamma, beta=beta)
     layer = Layer(Norm(mean, var, gamma, beta, float(eps)), act, _checked_quant(quant, quant_grad, u))
+    checks.flag("bn_act", "extremes", extremes)
     if extremes and u.numel() == 0:
         raise ValueError(f"bn_act: u must not be empty where extremes are wanted, got shape {tuple(u.shape)}")
     trained = (t for t in (u, gamma, beta, residual) if t is not None)

@@ -9,31 +9,45 @@ from torch import Tensor
 
 from zsq_ext.ops import backend, reference
 from zsq_ext.ops import check as checks
+from zsq_ext.ops.fake_quant_many_spec import GRIDS, Grids, Needs
 from zsq_ext.ops.layout import empty_for
 from zsq_ext.ops.once import differentiable_once
 
-_ARGS = "Tensor[] tensors, Tensor[] scales, Tensor[] zero_points, int[] qmin, int[] qmax, int[] axes"
+_ARGS = f"Tensor[] tensors, {GRIDS}"
+
+
+def _gathered(tensors: list[Tensor], *grids: Any) -> tuple[Any, ...]:
+    return tensors, Grids(*grids)
+
+
+def _gathered_out(tensors: list[Tensor], *rest: Any) -> tuple[Any, ...]:
+    return tensors, Grids(*rest[:5]), rest[5]
+
+
+def _gathered_backward(grads: list[Tensor], tensors: list[Tensor], *rest: Any) -> tuple[Any, ...]:
+    return grads, tensors, Grids(*rest[:5]), Needs(*rest[5:])
 
 
 def _fake(tensors: list[Tensor], scales: list[Tensor], *grids: Any) -> list[Tensor]:
     return [empty_for(x, s) for x, s in zip(tensors, scales, strict=True)]
 
 
-def _fake_backward(
-    grads: list[Tensor], tensors: list[Tensor], scales: list[Tensor], *rest: Any
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    need_dx, need_sums = rest[-2:]
-    length = sum(s.numel() for s, need in zip(scales, need_sums, strict=True) if need)
-    dx = [empty_for(x, s) for x, s, need in zip(tensors, scales, need_dx, strict=True) if need]
+def _fake_backward(grads: list[Tensor], tensors: list[Tensor], *rest: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+    _, _, (scales, *_), needs = _gathered_backward(grads, tensors, *rest)
+    length = sum(s.numel() for s, need in zip(scales, needs.sums, strict=True) if need)
+    dx = [empty_for(x, s) for x, s, need in zip(tensors, scales, needs.dx, strict=True) if need]
     return dx, scales[0].new_empty(length), scales[0].new_empty(length)
 
 
-_op = backend.define(f"fake_quant_many({_ARGS}) -> Tensor[]", _fake)
-_op_out = backend.define(f"fake_quant_many_out({_ARGS}, Tensor(a!)[] out) -> ()", lambda *args: None)
+_op = backend.define(f"fake_quant_many({_ARGS}) -> Tensor[]", _fake, gathered=_gathered)
+_op_out = backend.define(
+    f"fake_quant_many_out({_ARGS}, Tensor(a!)[] out) -> ()", lambda *args: None, gathered=_gathered_out
+)
 _op_backward = backend.define(
     f"fake_quant_many_backward(Tensor[] grads, {_ARGS}, bool[] need_dx, bool[] need_sums)"
     " -> (Tensor[], Tensor, Tensor)",
     _fake_backward,
+    gathered=_gathered_backward,
 )
 
 
@@ -48,16 +62,16 @@ class _How(NamedTuple):
 def _forward(tensors: Sequence[Tensor], how: _How) -> list[Tensor]:
     """`tensors` are all x, all scales and all zero-points."""
     x, scales, zero_points = _thirds(tensors)
-    return (reference.fake_quant_many if backend.decomposes() else _op)(x, scales, zero_points, *how)
+    grids = Grids(scales, zero_points, *how)
+    return reference.fake_quant_many(x, grids) if backend.decomposes() else _op(x, *grids)
 
 
 def _backward(
-    lists: list[list[Any]], need_dx: list[bool], need_sums: list[bool]
+    grads: list[Tensor], tensors: list[Tensor], grids: Grids, needs: Needs
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    # Sums stay an op under a compiler too.
-    op = reference.fake_quant_many_backward if backend.decomposes() and not any(need_sums) else _op_backward
-    grads, tensors, scales, zero_points, qmin, qmax, axes = lists
-    return op(grads, tensors, scales, zero_points, qmin, qmax, axes, need_dx, need_sums)
+    if backend.decomposes() and not any(needs.sums):  # sums stay an op under a compiler too
+        return reference.fake_quant_many_backward(grads, tensors, grids, needs)
+    return _op_backward(grads, tensors, *grids, *needs)
 
 
 def _thirds(tensors: Sequence[Any]) -> list[list[Any]]:
@@ -100,9 +114,9 @@ class _Lsq(torch.autograd.Function):
         moved = [k for k in live if wanted[0][k]]
         learned = [k for k in live if wanted[1][k] or wanted[2][k]]
         if live:
-            lists = [_of(each, live) for each in (grads, *tensors, *ctx.how)]
-            need_dx, need_sums = [k in moved for k in live], [k in learned for k in live]
-            dx, *sums = _backward(lists, need_dx, need_sums)
+            upstream, x, *lists = (_of(each, live) for each in (grads, *tensors, *ctx.how))
+            needs = Needs([k in moved for k in live], [k in learned for k in live])
+            dx, *sums = _backward(upstream, x, Grids(*lists), needs)
             for k, t in zip(moved, dx, strict=True):
                 found[0][k] = t
             for place, wants, flat in zip(found[1:], wanted[1:], sums, strict=True):
@@ -199,7 +213,7 @@ def fake_quant_many(
         if with_grad:
             raise ValueError("fake_quant_many: out must be None where a gradient is taken, got tensors")
         if backend.decomposes():
-            reference.fake_quant_many_out(list(tensors), scales, zero_points, *how, list(out))
+            reference.fake_quant_many_out(list(tensors), Grids(scales, zero_points, *how), list(out))
         else:
             _op_out(tensors, scales, zero_points, *how, out)
         return list(out)

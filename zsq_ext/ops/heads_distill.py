@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zsq_ext.ops import backend
 from zsq_ext.ops import check as checks
+from zsq_ext.ops.heads_spec import TERMS, Grads, Kept, Needs, Terms, Trust
 from zsq_ext.ops.layout import COMPUTE
 from zsq_ext.ops.once import differentiable_once
 from zsq_ext.ops.reference.heads import ROW
@@ -25,6 +26,16 @@ class Distilled(NamedTuple):
     right: Tensor
     agree: Tensor
     trusted: Tensor
+
+
+def _gathered(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, easy: Tensor | None, *rest: Any
+) -> tuple[Any, ...]:
+    return student, teacher, Trust(labels, easy, *rest[4:]), Terms(*rest[:4])
+
+
+def _gathered_backward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return student, teacher, Kept(*rest[:3]), Grads(*rest[3:5]), Terms(*rest[5:9]), Needs(*rest[9:])
 
 
 def _fake(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -45,15 +56,16 @@ def _fake_backward(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor
 
 
 _op = backend.define(
-    "distill_head(Tensor student, Tensor teacher, Tensor? labels, Tensor? easy, str kd, float alpha, "
-    "float temperature, float ce, float? tau, bool strict) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"distill_head(Tensor student, Tensor teacher, Tensor? labels, Tensor? easy, {TERMS}, float? tau, bool strict) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    gathered=_gathered,
 )
 _op_backward = backend.define(
     "distill_head_backward(Tensor student, Tensor teacher, Tensor? labels, Tensor easy, Tensor rows, Tensor? grad_kd, "
-    "Tensor? grad_ce, str kd, float alpha, float temperature, float ce, bool need_student, bool need_teacher) "
-    "-> (Tensor, Tensor)",
+    f"Tensor? grad_ce, {TERMS}, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
     _fake_backward,
+    gathered=_gathered_backward,
 )
 
 

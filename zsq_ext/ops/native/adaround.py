@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from zsq_ext.ops.adaround_spec import Rounding
 from zsq_ext.ops.layout import DTYPE_CODE, empty_rows, in_layout_of
 from zsq_ext.ops.native.call import Call, address
 
@@ -10,17 +11,13 @@ def _run(
     call: Call,
     grad: list[Tensor] | None,
     v: list[Tensor],
-    base: list[Tensor],
-    scale: list[Tensor],
-    zero_point: list[Tensor],
-    qmin: list[int],
-    qmax: list[int],
-    axis: int | None,
+    rounding: Rounding,
     sums: tuple[Tensor | None, Tensor | None, Tensor | None],
     hard: bool,
     dscale: list[Tensor],
 ) -> list[Tensor]:
     """One call for all weights. `sums` are beta, the regulariser and its upstream gradient, those that there are."""
+    base, scale, zero_point, qmin, qmax, axis = rounding
     found = [empty_rows(t, s.numel(), axis) for t, s in zip(v, scale, strict=True)]
     # By these names: a copy must live until the call is over.
     v, base = ([in_layout_of(out, t) for out, t in zip(found, ts, strict=True)] for ts in (v, base))
@@ -38,37 +35,22 @@ def _run(
 
 
 def adaround(
-    call: Call,
-    v: list[Tensor],
-    base: list[Tensor],
-    scale: list[Tensor],
-    zero_point: list[Tensor],
-    qmin: list[int],
-    qmax: list[int],
-    axis: int | None,
-    beta: Tensor | None,
-    hard: bool,
+    call: Call, v: list[Tensor], rounding: Rounding, beta: Tensor | None, hard: bool
 ) -> tuple[list[Tensor], Tensor]:
-    reg = None if beta is None else scale[0].new_empty(())
-    sums = beta, reg, None
-    found = _run(call, None, v, base, scale, zero_point, qmin, qmax, axis, sums, hard, [])
-    return found, scale[0].new_empty(0) if reg is None else reg
+    first = rounding.scale[0]
+    reg = None if beta is None else first.new_empty(())
+    found = _run(call, None, v, rounding, (beta, reg, None), hard, [])
+    return found, first.new_empty(0) if reg is None else reg
 
 
 def adaround_backward(
     call: Call,
     grad: list[Tensor],
     v: list[Tensor],
-    base: list[Tensor],
-    scale: list[Tensor],
-    zero_point: list[Tensor],
-    qmin: list[int],
-    qmax: list[int],
-    axis: int | None,
+    rounding: Rounding,
     beta: Tensor | None,
     grad_reg: Tensor | None,
     need_scale: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    dscale = [s.new_empty(s.shape) for s in scale] if need_scale else []
-    sums = beta, None, grad_reg
-    return _run(call, grad, v, base, scale, zero_point, qmin, qmax, axis, sums, False, dscale), dscale
+    dscale = [s.new_empty(s.shape) for s in rounding.scale] if need_scale else []
+    return _run(call, grad, v, rounding, (beta, None, grad_reg), False, dscale), dscale

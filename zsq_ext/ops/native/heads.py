@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsq_ext.ops.heads_spec import Grads, Kept, Needs, Terms, Trust
 from zsq_ext.ops.layout import COMPUTE, DTYPE_CODE, arranged, channels_last, empty_arranged, places_of
 from zsq_ext.ops.native.call import Call, address
 from zsq_ext.ops.reference.heads import ROW, kd_weight
@@ -15,29 +16,22 @@ KD_CODE = {"kl_mean": 0, "kl_batchmean": 0, "mse": 1, "entropy": 2}
 TRUST_CODE = {"all": 0, "below": 1, "up_to": 2, "given": 3}
 
 
-def trust_of(easy: Tensor | None, tau: float | None, strict: bool) -> str:
+def code_of(trust: Trust) -> str:
     """How a sample becomes easy."""
-    return "given" if easy is not None else "all" if tau is None else "below" if strict else "up_to"
+    if trust.easy is not None:
+        return "given"
+    return "all" if trust.tau is None else "below" if trust.strict else "up_to"
 
 
-def weights(student: Tensor, kd: str, alpha: float, temperature: float, ce: float) -> tuple[float, float]:
+def weights(student: Tensor, terms: Terms) -> tuple[float, float]:
     """What the sums over samples are multiplied by."""
     samples, classes = student.shape
-    return kd_weight(kd, alpha, temperature, samples, classes), ce / samples if samples else math.nan
+    weight = kd_weight(terms.kd, terms.alpha, terms.temperature, samples, classes)
+    return weight, terms.ce / samples if samples else math.nan
 
 
 def distill_head(
-    call: Call,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    easy: Tensor | None,
-    kd: str,
-    alpha: float,
-    temperature: float,
-    ce: float,
-    tau: float | None,
-    strict: bool,
+    call: Call, student: Tensor, teacher: Tensor, trust: Trust, terms: Terms
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     compute, samples = COMPUTE[student.dtype], student.size(0)
     rows = student.new_empty((samples, ROW), dtype=compute)
@@ -46,46 +40,34 @@ def distill_head(
     counts = student.new_empty(3, dtype=torch.int64)
     # by these names: a copy must live until the call is over
     student, teacher = student.contiguous(), teacher.contiguous()
-    labels, easy = (None if t is None else t.contiguous() for t in (labels, easy))
+    labels, easy = (None if t is None else t.contiguous() for t in (trust.labels, trust.easy))
     call(
         "distill_head",
         *(address(t) for t in (student, teacher, labels, easy, rows, out, total_kd, total_ce, counts)),
-        *(temperature, 0.0 if tau is None else tau),
-        *weights(student, kd, alpha, temperature, ce),
+        *(terms.temperature, 0.0 if trust.tau is None else trust.tau),
+        *weights(student, terms),
         *student.shape,
-        *(KD_CODE[kd], TRUST_CODE[trust_of(easy, tau, strict)], DTYPE_CODE[student.dtype]),
+        *(KD_CODE[terms.kd], TRUST_CODE[code_of(trust)], DTYPE_CODE[student.dtype]),
     )
     return total_kd, total_ce, out, counts, rows
 
 
 def distill_head_backward(
-    call: Call,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    easy: Tensor,
-    rows: Tensor,
-    grad_kd: Tensor | None,
-    grad_ce: Tensor | None,
-    kd: str,
-    alpha: float,
-    temperature: float,
-    ce: float,
-    need_student: bool,
-    need_teacher: bool,
+    call: Call, student: Tensor, teacher: Tensor, kept: Kept, grads: Grads, terms: Terms, needs: Needs
 ) -> tuple[Tensor, Tensor]:
     shape = student.shape
-    ds, dt = (student.new_empty(shape if need else (0,)) for need in (need_student, need_teacher))
-    student, teacher, easy, rows = student.contiguous(), teacher.contiguous(), easy.contiguous(), rows.contiguous()
-    labels = None if labels is None else labels.contiguous()
+    ds, dt = (student.new_empty(shape if need else (0,)) for need in needs)
+    # by these names: a copy must live until the call is over
+    student, teacher = student.contiguous(), teacher.contiguous()
+    labels, easy, rows = (None if t is None else t.contiguous() for t in kept)
     call(
         "distill_head_backward",
-        *(address(t) for t in (student, teacher, labels, easy, rows, grad_kd, grad_ce)),
-        *(ds.data_ptr() if need_student else 0, dt.data_ptr() if need_teacher else 0),
-        temperature,
-        *weights(student, kd, alpha, temperature, ce),
+        *(address(t) for t in (student, teacher, labels, easy, rows, *grads)),
+        *(ds.data_ptr() if needs.student else 0, dt.data_ptr() if needs.teacher else 0),
+        terms.temperature,
+        *weights(student, terms),
         *shape,
-        *(KD_CODE[kd], DTYPE_CODE[student.dtype]),
+        *(KD_CODE[terms.kd], DTYPE_CODE[student.dtype]),
     )
     return ds, dt
 

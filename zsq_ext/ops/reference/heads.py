@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from zsq_ext.ops.heads_spec import Grads, Kept, Needs, Terms, Trust
 from zsq_ext.ops.layout import COMPUTE, arranged, channels_last
 
 # As small as a probability gets: its inverse is still a float32, and all of them together are as good as nothing.
@@ -57,18 +58,10 @@ def _against(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def distill_head(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    easy: Tensor | None,
-    kd: str,
-    alpha: float,
-    temperature: float,
-    ce: float,
-    tau: float | None,
-    strict: bool,
+    student: Tensor, teacher: Tensor, trust: Trust, terms: Terms
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(kd, ce, easy, counts, rows). Without tau, and without easy, every label is trusted."""
+    (labels, easy, tau, strict), (kd, alpha, temperature, ce) = trust, terms
     compute, (samples, classes) = COMPUTE[student.dtype], student.shape
     s, t = student.double(), teacher.double()
     value, base, shift = _divergence(s, t, kd, temperature)
@@ -98,21 +91,10 @@ def distill_head(
 
 
 def distill_head_backward(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    easy: Tensor,
-    rows: Tensor,
-    grad_kd: Tensor | None,
-    grad_ce: Tensor | None,
-    kd: str,
-    alpha: float,
-    temperature: float,
-    ce: float,
-    need_student: bool,
-    need_teacher: bool,
+    student: Tensor, teacher: Tensor, kept: Kept, grads: Grads, terms: Terms, needs: Needs
 ) -> tuple[Tensor, Tensor]:
     """(dstudent, dteacher), each empty where it is not needed."""
+    (labels, easy, rows), (grad_kd, grad_ce), (kd, alpha, temperature, ce) = kept, grads, terms
     samples, classes = student.shape
     s, t = student.double(), teacher.double()
     value, base, shift, _, lse, wrong, _, _ = rows.double()[:, :, None].unbind(1)
@@ -134,7 +116,7 @@ def distill_head_backward(
         index = labels.clamp(0, classes - 1)[:, None]
         ds = ds + grad_ce.double() * (ce / samples) * easy[:, None] * (s - lse).exp().scatter(1, index, -wrong)
     nothing = student.new_empty(0)
-    return ds.to(student.dtype) if need_student else nothing, dt.to(teacher.dtype) if need_teacher else nothing
+    return ds.to(student.dtype) if needs.student else nothing, dt.to(teacher.dtype) if needs.teacher else nothing
 
 
 def _floored(alpha: Tensor, floor: float | None) -> Tensor:

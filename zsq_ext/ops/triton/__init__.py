@@ -23,41 +23,6 @@ from zsq_ext.ops.triton.image import resize_crops, resize_crops_backward, view_i
 from zsq_ext.ops.triton.lp_error import lp_error
 from zsq_ext.ops.triton.qdrop import qdrop, qdrop_backward
 
-__all__ = [
-    "adaround",
-    "adaround_backward",
-    "bn_act",
-    "bn_act_backward",
-    "cam_map",
-    "cam_map_backward",
-    "channel_range",
-    "channel_sums",
-    "channel_sums_backward",
-    "count_active",
-    "dequantize",
-    "distill_head",
-    "distill_head_backward",
-    "fake_quant",
-    "fake_quant_backward",
-    "fake_quant_lsq_backward",
-    "fake_quant_many",
-    "fake_quant_many_backward",
-    "fake_quant_many_out",
-    "fake_quant_minmax",
-    "fake_quant_minmax_out",
-    "fake_quant_out",
-    "lp_error",
-    "missing",
-    "qdrop",
-    "qdrop_backward",
-    "quantize",
-    "refuses",
-    "resize_crops",
-    "resize_crops_backward",
-    "view_images",
-    "view_images_backward",
-]
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zsq_ext.ops.adaround_spec import Rounding
 from zsq_ext.ops.layout import empty_rows, in_layout_of
 from zsq_ext.ops.triton.launch import kernels, on_device_of
 
@@ -33,43 +34,28 @@ def _run(
     return out, sums
 
 
-def adaround(
-    v: list[Tensor],
-    base: list[Tensor],
-    scale: list[Tensor],
-    zero_point: list[Tensor],
-    qmin: list[int],
-    qmax: list[int],
-    axis: int | None,
-    beta: Tensor | None,
-    hard: bool,
-) -> tuple[list[Tensor], Tensor]:
+def adaround(v: list[Tensor], rounding: Rounding, beta: Tensor | None, hard: bool) -> tuple[list[Tensor], Tensor]:
     found, parts = [], []
-    for weight in zip(v, base, scale, zero_point, qmin, qmax, strict=True):
-        out, sums = _run(None, weight, axis, beta, None, hard, beta is not None)
+    for t, weight in zip(v, rounding.each(), strict=True):
+        out, sums = _run(None, (t, *weight), rounding.axis, beta, None, hard, beta is not None)
         found.append(out)
         if sums is not None:
             parts.append(sums.sum(dtype=torch.float64))
-    return found, torch.stack(parts).sum().to(scale[0].dtype) if parts else scale[0].new_empty(0)
+    first = rounding.scale[0]
+    return found, torch.stack(parts).sum().to(first.dtype) if parts else first.new_empty(0)
 
 
 def adaround_backward(
     grad: list[Tensor],
     v: list[Tensor],
-    base: list[Tensor],
-    scale: list[Tensor],
-    zero_point: list[Tensor],
-    qmin: list[int],
-    qmax: list[int],
-    axis: int | None,
+    rounding: Rounding,
     beta: Tensor | None,
     grad_reg: Tensor | None,
     need_scale: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     dv, dscale = [], []
-    weights = zip(v, base, scale, zero_point, qmin, qmax, strict=True)
-    for grad_, weight in zip(grad, weights, strict=True):
-        out, sums = _run(grad_, weight, axis, beta, grad_reg, False, need_scale)
+    for g, t, weight in zip(grad, v, rounding.each(), strict=True):
+        out, sums = _run(g, (t, *weight), rounding.axis, beta, grad_reg, False, need_scale)
         dv.append(out)
         if sums is not None:
             dscale.append(sums.sum(1, dtype=torch.float64).to(sums.dtype))

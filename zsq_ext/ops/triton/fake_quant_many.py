@@ -10,75 +10,54 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zsq_ext.ops.fake_quant_many_spec import Grids, Needs
 from zsq_ext.ops.layout import channels_of, dense_for, empty_for, in_layout_of
 from zsq_ext.ops.triton.launch import kernels, on_device_of
 
 
-def fake_quant_many(
-    tensors: list[Tensor],
-    scales: list[Tensor],
-    zero_points: list[Tensor],
-    qmin: list[int],
-    qmax: list[int],
-    axes: list[int],
-) -> list[Tensor]:
-    outs = [empty_for(x, s) for x, s in zip(tensors, scales, strict=True)]
-    _forward(tensors, outs, _grids(scales, zero_points, qmin, qmax, axes))
+def fake_quant_many(tensors: list[Tensor], grids: Grids) -> list[Tensor]:
+    outs = [empty_for(x, s) for x, s in zip(tensors, grids.scales, strict=True)]
+    _forward(tensors, outs, grids)
     return outs
 
 
-def fake_quant_many_out(
-    tensors: list[Tensor],
-    scales: list[Tensor],
-    zero_points: list[Tensor],
-    qmin: list[int],
-    qmax: list[int],
-    axes: list[int],
-    outs: list[Tensor],
-) -> None:
-    places = [out if dense_for(out, s) else empty_for(out, s) for out, s in zip(outs, scales, strict=True)]
-    _forward(tensors, places, _grids(scales, zero_points, qmin, qmax, axes))
+def fake_quant_many_out(tensors: list[Tensor], grids: Grids, outs: list[Tensor]) -> None:
+    places = [out if dense_for(out, s) else empty_for(out, s) for out, s in zip(outs, grids.scales, strict=True)]
+    _forward(tensors, places, grids)
     for out, place in zip(outs, places, strict=True):
         if place is not out:
             out.copy_(place)
 
 
 def fake_quant_many_backward(
-    grads: list[Tensor],
-    tensors: list[Tensor],
-    scales: list[Tensor],
-    zero_points: list[Tensor],
-    qmin: list[int],
-    qmax: list[int],
-    axes: list[int],
-    need_dx: list[bool],
-    need_sums: list[bool],
+    grads: list[Tensor], tensors: list[Tensor], grids: Grids, needs: Needs
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    scales = grids.scales
     # Where dx is not wanted, something else says how x and its gradient lie in memory.
     dx = [
         empty_for(x, s) if need or not dense_for(x, s) else x
-        for x, s, need in zip(tensors, scales, need_dx, strict=True)
+        for x, s, need in zip(tensors, scales, needs.dx, strict=True)
     ]
     seen, upstream = ([in_layout_of(place, t) for place, t in zip(dx, ts, strict=True)] for ts in (tensors, grads))
     dscale, dzero_point = (
-        torch.zeros(sum(s.numel() for s, need in zip(scales, need_sums, strict=True) if need), device=dx[0].device)
+        torch.zeros(sum(s.numel() for s, need in zip(scales, needs.sums, strict=True) if need), device=dx[0].device)
         for _ in range(2)
     )
     launchers, groups, at = kernels("fake_quant_many"), defaultdict(list), 0
-    for k, grid in enumerate(_grids(scales, zero_points, qmin, qmax, axes)):
+    for k, grid in enumerate(grids.each()):
         if (n := seen[k].numel()) > 0:
             channels, inner = channels_of(seen[k], grid[0], grid[-1])
             cut = launchers.cut_of(n, channels, inner)
-            addresses = upstream[k].data_ptr(), seen[k].data_ptr(), dx[k].data_ptr() if need_dx[k] else 0
+            addresses = upstream[k].data_ptr(), seen[k].data_ptr(), dx[k].data_ptr() if needs.dx[k] else 0
             numbers = n // channels, channels, inner, *grid[2:4], cut.steps, cut.parts
             fields = *addresses, grid[0].data_ptr(), grid[1].data_ptr(), *numbers
-            groups[cut.rows, cut.cols].append(_Item(cut, channels, at if need_sums[k] else None, fields))
-        at += grid[0].numel() if need_sums[k] else 0
-    like = tensors[0], scales[0], zero_points[0]
+            groups[cut.rows, cut.cols].append(_Item(cut, channels, at if needs.sums[k] else None, fields))
+        at += grid[0].numel() if needs.sums[k] else 0
+    like = tensors[0], scales[0], grids.zero_points[0]
     with on_device_of(dscale):
         for items in groups.values():
             _backward(items, like, dscale, dzero_point)
-    return [out for out, need in zip(dx, need_dx, strict=True) if need], dscale, dzero_point
+    return [out for out, need in zip(dx, needs.dx, strict=True) if need], dscale, dzero_point
 
 
 class _Item(NamedTuple):
@@ -115,16 +94,11 @@ def _backward(items: list[_Item], like: tuple[Tensor, ...], dscale: Tensor, dzer
     )
 
 
-def _grids(*lists: list[Any]) -> list[tuple[Any, ...]]:
-    """(scale, zero_point, qmin, qmax, axis) of each tensor."""
-    return [(*grid, None if axis < 0 else axis) for *grid, axis in zip(*lists, strict=True)]
-
-
-def _forward(tensors: list[Tensor], outs: list[Tensor], grids: list[tuple[Any, ...]]) -> None:
+def _forward(tensors: list[Tensor], outs: list[Tensor], grids: Grids) -> None:
     """Fills outs, in which memory is as `empty_for` has it."""
     seen = [in_layout_of(out, x) for out, x in zip(outs, tensors, strict=True)]
     launchers, records, first = kernels("fake_quant_many"), [], 0
-    for x, out, (scale, zero_point, qmin, qmax, axis) in zip(seen, outs, grids, strict=True):
+    for x, out, (scale, zero_point, qmin, qmax, axis) in zip(seen, outs, grids.each(), strict=True):
         if x.numel() == 0:
             continue
         addresses = x.data_ptr(), out.data_ptr(), scale.data_ptr(), zero_point.data_ptr()
@@ -132,6 +106,6 @@ def _forward(tensors: list[Tensor], outs: list[Tensor], grids: list[tuple[Any, .
         first += launchers.programs(x.numel())
     if records:
         table = torch.tensor(records, dtype=torch.int64, device=outs[0].device)
-        like = outs[0], *grids[0][:2]
+        like = outs[0], grids.scales[0], grids.zero_points[0]
         with on_device_of(table):
-            launchers.forward(table, like, grids[0][1].dtype != torch.int32, first)
+            launchers.forward(table, like, like[2].dtype != torch.int32, first)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from zsq_ext.ops.heads_spec import Grads, Kept, Needs, Terms, Trust
 from zsq_ext.ops.layout import COMPUTE, arranged, channels_last, empty_arranged, places_of
-from zsq_ext.ops.native.heads import trust_of, weights
+from zsq_ext.ops.native.heads import code_of, weights
 from zsq_ext.ops.reference.heads import ROW
 from zsq_ext.ops.triton.launch import kernels, on_device_of
 
@@ -14,56 +15,35 @@ def _form(kd: str) -> str:
 
 
 def distill_head(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    easy: Tensor | None,
-    kd: str,
-    alpha: float,
-    temperature: float,
-    ce: float,
-    tau: float | None,
-    strict: bool,
+    student: Tensor, teacher: Tensor, trust: Trust, terms: Terms
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     compute, (samples, classes) = COMPUTE[student.dtype], student.shape
     rows = student.new_empty((samples, ROW), dtype=compute)
     out = student.new_empty(samples, dtype=torch.bool)
     total_kd, total_ce = (student.new_empty((), dtype=compute) for _ in range(2))
     counts = student.new_empty(3, dtype=torch.int64)
-    labels = None if labels is None else labels.contiguous()
-    given = None if easy is None else easy.contiguous().view(torch.uint8)
+    labels = None if trust.labels is None else trust.labels.contiguous()
+    given = None if trust.easy is None else trust.easy.contiguous().view(torch.uint8)
     with on_device_of(student):
         kernels("heads_distill").distill_head(
             *(student.contiguous(), teacher.contiguous(), labels, given),
-            *(rows, out.view(torch.uint8), total_kd, total_ce, counts, samples, classes, temperature),
-            *(0.0 if tau is None else tau, weights(student, kd, alpha, temperature, ce)),
-            *(_form(kd), trust_of(easy, tau, strict)),
+            *(rows, out.view(torch.uint8), total_kd, total_ce, counts, samples, classes, terms.temperature),
+            *(0.0 if trust.tau is None else trust.tau, weights(student, terms)),
+            *(_form(terms.kd), code_of(trust)),
         )
     return total_kd, total_ce, out, counts, rows
 
 
 def distill_head_backward(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    easy: Tensor,
-    rows: Tensor,
-    grad_kd: Tensor | None,
-    grad_ce: Tensor | None,
-    kd: str,
-    alpha: float,
-    temperature: float,
-    ce: float,
-    need_student: bool,
-    need_teacher: bool,
+    student: Tensor, teacher: Tensor, kept: Kept, grads: Grads, terms: Terms, needs: Needs
 ) -> tuple[Tensor, Tensor]:
-    ds, dt = (student.new_empty(student.shape if need else (0,)) for need in (need_student, need_teacher))
-    labels = None if labels is None else labels.contiguous()
+    ds, dt = (student.new_empty(student.shape if need else (0,)) for need in needs)
+    labels = None if kept.labels is None else kept.labels.contiguous()
     with on_device_of(student):
         kernels("heads_distill").distill_head_backward(
-            *(student.contiguous(), teacher.contiguous(), labels, easy.contiguous().view(torch.uint8)),
-            *(rows.contiguous(), grad_kd, grad_ce, ds if need_student else None, dt if need_teacher else None),
-            *(*student.shape, temperature, weights(student, kd, alpha, temperature, ce), _form(kd)),
+            *(student.contiguous(), teacher.contiguous(), labels, kept.easy.contiguous().view(torch.uint8)),
+            *(kept.rows.contiguous(), *grads, ds if needs.student else None, dt if needs.teacher else None),
+            *(*student.shape, terms.temperature, weights(student, terms), _form(terms.kd)),
         )
     return ds, dt
 

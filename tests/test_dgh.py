@@ -1,7 +1,7 @@
 """DGH's images: the two sources told apart row by row, what is refused before any work, and what a job gets.
 
 Each of these turned a test red: the output term not weighted, heads asked for where nothing is stretched, labels of
-the stored order in place of predictions, nothing held out, the accidental border of the toolkit taken over.
+zero in place of predictions, held-out images taken from those asked for.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The heads of a network: what feeds its outputs, back over what arranges, joins or quantizes.
 
-Each of these turned a test red: concatenations not followed, only the first output, a head found twice listed twice,
-the search going on through a ReLU.
+Each of these turned a test red: concatenations not followed, only the first output, a search that goes on through a
+ReLU.
 """
 
 import pytest

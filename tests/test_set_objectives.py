@@ -1,7 +1,7 @@
 """DGH's two loss terms: closed-form gradients in fp64, what each reads, and what switches it off.
 
 Each of these turned a test red: the variance matched instead of the standard deviation, 1 / L for 1 / (L + 1), k on the
-mean, amax for max, a biased spread in the hinge, hinges counted once for all heads, a mean over heads.
+mean, amax for max, rows of images summed, hinges counted once for all heads, a mean over heads.
 """
 
 import pytest

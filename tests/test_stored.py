@@ -1,9 +1,9 @@
 """The stored-image engine against a plain loop, RAdam against its formula, and what any engine here has to keep.
 
 Each of these turned a test red: statistics of the batch alone in place of the set's, statistics remembered after the
-step, layer 0 not taken anew, a short batch weighted as a full one, a clip that stops the gradient, stored pixels
-clipped, eps added after the bias correction, one coin for all images, an offset that is never the last, no reset,
-totals left out of the checkpoint, the same order in every iteration.
+step, layer 0 not taken anew, a short batch weighted as a full one, stored pixels clipped, eps the same for any number
+of images, one coin for all images, an offset that is never the last, no reset (in the schedule, in the engine), an
+infinity for "no best yet", totals left out of the checkpoint, the same order in every iteration.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ from zsq_ext.quant.structure import heads
 from zsq_ext.synth.objectives import Statistics
 from zsq_ext.synth.pixels import Plateau
 from zsq_ext.synth.set_objectives import set_statistics_loss, stretching_loss
-from zsq_ext.synth.stored import StoredConfig, View, make_set
+from zsq_ext.synth.stored import ImageSet, StoredConfig, View, make_set
 from zsq_ext.synth.whole_set import Seen, SetTeacher
 
 SPEC = InputSpec((3, 8, 8), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), valid_range=(0.0, 1.0), num_classes=5)
@@ -292,6 +292,23 @@ def test_the_best_loss_is_forgotten_at_a_cut_and_only_with_reset():
             plan.step(torch.tensor(loss))
         found[reset] = plan.lr.item()
     assert found == {True: 0.5, False: 0.125}
+
+
+@pytest.mark.parametrize(("reset", "rate"), [(True, 0.5), (False, 0.125)])
+def test_the_engine_lowers_a_batchs_rate_by_the_losses_it_sees(reset, rate):
+    """The losses of the test above, and no gradient; the rate of a batch that was not visited stays."""
+    losses = iter([1.0, 2.0, 2.0, 2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4])
+    config = replace(PLAIN, batch=2, lr=1.0, patience=2, min_lr=0.0, granularity="batch", reset=reset)
+
+    def objective(found, seen):
+        return {"given": 0 * seen.heads[0].sum() + next(losses)}
+
+    images = ImageSet(Bare(), 4, SPEC, objective, config, torch.Generator().manual_seed(0))
+    for _ in range(10):
+        images.step(1, torch.Generator().manual_seed(0))
+    held = images.state().tensors()
+    assert held["state.lr-1"] == rate
+    assert held["state.lr-0"] == 1.0
 
 
 # What is remembered

@@ -1,8 +1,9 @@
 """What a batch adds to a set's statistics, and the running totals over the batches.
 
-Each of these turned a test red: a biased spread of the last batch norm, the first batch norm for the last, layer 0
-left out, a mean of the images' sums for their sum, a share of 1 / batches for unequal batches, totals in fp32, a
-replacement that forgets to take the old sums out.
+Each of these turned a test red: a biased spread of the last batch norm, a division by zero where an image has one place
+there, the first batch norm for the last, a mean of the images' sums for their sum, layer 0 with a variance of 0, a
+share of 1 / batches for unequal batches, totals in fp32, a replacement that forgets to take the old sums out, or
+rounds.
 """
 
 import pytest

@@ -65,8 +65,8 @@ def test_eight_bits_cost_next_to_nothing(network, scenes, float_precision, place
             student(chunk)
     assert all(path.split(".")[0] in ("classes", "boxes") for path in graph.outputs(student))
     eight = precision(student, *scenes)
-    # the same images for both, so only boxes whose overlap lies within a hair of a threshold change sides: 0.6 points at
-    # most on any fifth of the test images; 4-bit weights cost 5
+    # the same images for both, so only boxes whose overlap lies within a hair of a threshold change sides: 0.6 points
+    # at most on any fifth of the test images; 4-bit weights cost 5
     for name, value in float_precision.items():
         assert eight[name] == pytest.approx(value, abs=1.5), name
 

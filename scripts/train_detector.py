@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.run import Run
 from zsq_ext.core.steps import Stage, State, Terms, run_steps
-from zsq_ext.zoo.average_precision import average_precision
-from zsq_ext.zoo.shape_scenes import CLASSES, SIZE, TEST_IMAGES, Objects, ShapeScenes
-from zsq_ext.zoo.small_detector import Heads, cells, decode, fpn_small
+from zsq_ext.zoo.average_precision import precision_of
+from zsq_ext.zoo.shape_scenes import CLASSES, TEST_IMAGES, Objects, ShapeScenes
+from zsq_ext.zoo.small_detector import Heads, cells, fpn_small
 
 WEIGHTS = Path(__file__).parent.parent / "zsq_ext" / "zoo" / "weights"
 PEAK_LR = 3e-3
@@ -71,15 +71,9 @@ def loss_terms(heads: Heads, objects: Objects) -> Terms:
     return {"classes": classes / count, "boxes": 2 * (1 - iou + (hull - union) / hull).sum() / count}
 
 
-@torch.no_grad()
 def precision(model: nn.Module, split: str, count: int) -> dict[str, float]:
     """AP50 and AP in percent on the first ``count`` scenes of a split."""
-    model.eval()
-    found, truth = [], []
-    for images, objects in ShapeScenes(split).batches(count):
-        found += decode(model(images.to(memory_format=torch.channels_last)), (SIZE, SIZE))
-        truth.append(objects)
-    return average_precision(found, Objects(*(torch.cat(part) for part in zip(*truth, strict=True))))
+    return precision_of(model.eval(), ShapeScenes(split).batches(count))
 
 
 def train(stage: Stage, model: nn.Module, images: int, batch: int) -> None:

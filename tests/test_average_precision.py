@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from zsq_ext.zoo.average_precision import average_precision
+from zsq_ext.zoo.average_precision import average_precision, precision_of
 from zsq_ext.zoo.shape_scenes import Objects
 from zsq_ext.zoo.small_detector import Detections
 
@@ -98,6 +98,8 @@ def test_what_cannot_be_counted():
         average_precision([found(), found()], ONE)
     with pytest.raises(ValueError, match="truth must hold at least one object, got none"):
         average_precision([found()], truth([]))
+    with pytest.raises(ValueError, match="precision_of: batches must hold at least one batch, got none"):
+        precision_of(lambda images: {}, [])
 
 
 def test_without_pycocotools(monkeypatch):

@@ -473,6 +473,13 @@ def test_an_output_that_holds_something_else(head, match):
         capture(model, torch.zeros(2, 3, 8, 8))
 
 
+def test_outputs_of_one_path():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.forward = lambda x, run=model.forward: {"a.0": run(x), "a": [run(x)]}
+    with pytest.raises(ValueError, match=r"a path of its own, got 'a\.0' twice"):
+        capture(model, torch.zeros(2, 3, 8, 8))
+
+
 def test_an_input_that_the_model_rejects_names_the_module():
     refused(
         alive(Net()), ValueError, r"rejects an input of shape \(2, 1, 8, 8\) in module 'conv' \(Conv2d\)", (1, 8, 8)

@@ -14,9 +14,8 @@ from zsq_ext.quant.config import PLACEMENTS, QConfig
 from zsq_ext.quant.modules import calibrating
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.zoo import teachers
-from zsq_ext.zoo.average_precision import average_precision
-from zsq_ext.zoo.shape_scenes import SIZE, SPEC, Objects, ShapeScenes
-from zsq_ext.zoo.small_detector import decode
+from zsq_ext.zoo.average_precision import precision_of
+from zsq_ext.zoo.shape_scenes import SPEC, ShapeScenes
 
 pytest.importorskip("pycocotools")
 
@@ -30,18 +29,12 @@ def network():
 
 @pytest.fixture(scope="module")
 def scenes():
-    return ShapeScenes("test").images(range(IMAGES))
-
-
-@torch.no_grad()
-def precision(network, images: torch.Tensor, objects: Objects):
-    found = [one for chunk in images.split(100) for one in decode(network(chunk), (SIZE, SIZE))]
-    return average_precision(found, objects)
+    return list(ShapeScenes("test").batches(IMAGES, 100))
 
 
 @pytest.fixture(scope="module")
 def float_precision(network, scenes):
-    return precision(network, *scenes)
+    return precision_of(network, scenes)
 
 
 def test_the_file_says_how_good_it_is(float_precision):
@@ -64,7 +57,7 @@ def test_eight_bits_cost_next_to_nothing(network, scenes, float_precision, place
         for chunk in images.split(16):
             student(chunk)
     assert all(path.split(".")[0] in ("classes", "boxes") for path in graph.outputs(student))
-    eight = precision(student, *scenes)
+    eight = precision_of(student, scenes)
     # the same images for both, so only boxes whose overlap lies within a hair of a threshold change sides: 0.6 points
     # at most on any fifth of the test images; 4-bit weights cost 5
     for name, value in float_precision.items():

@@ -139,6 +139,9 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     """What dicts, lists and tuples hold, by its path: ``{"boxes": [a, b]}`` gives ``boxes.0`` and ``boxes.1``.
 
     What is none of them has the empty path.
+
+    Raises:
+        ValueError: two paths are the same, as those of ``{"a": [x], "a.0": y}``.
     """
     if isinstance(value, dict):
         items = [(str(key), item) for key, item in value.items()]
@@ -146,7 +149,13 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
         items = [(str(i), item) for i, item in enumerate(value)]
     else:
         return {path: value}
-    return {name: leaf for key, item in items for name, leaf in leaves(item, f"{path}.{key}" if path else key).items()}
+    found: dict[str, Any] = {}
+    for key, item in items:
+        for name, leaf in leaves(item, f"{path}.{key}" if path else key).items():
+            if name in found:
+                raise ValueError(f"leaves: keys must give every tensor a path of its own, got {name!r} twice")
+            found[name] = leaf
+    return found
 
 
 def outputs(module: fx.GraphModule) -> dict[str, fx.Node]:

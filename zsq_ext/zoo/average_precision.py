@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
 
 from zsq_ext.zoo.shape_scenes import Objects
-from zsq_ext.zoo.small_detector import Detections
+from zsq_ext.zoo.small_detector import Detections, Heads, decode
+
+
+@torch.no_grad()
+def precision_of(network: Callable[[Tensor], Heads], batches: Iterable[tuple[Tensor, Objects]]) -> dict[str, float]:
+    """AP of a detector, float or quantized, in eval mode, on batches such as ``ShapeScenes("test").batches(1000)``.
+
+    Args:
+        network: images (N, C, H, W) to raw heads, such as ``teachers.detector()``.
+        batches: images on the network's device and in its space, and what is in them; at least one batch.
+
+    Returns:
+        As ``average_precision``.
+
+    Raises:
+        ImportError: as ``average_precision``.
+        ValueError: as ``average_precision``, or there is no batch.
+    """
+    found, truth = [], []
+    for images, objects in batches:
+        found += decode(network(images), (images.shape[2], images.shape[3]))
+        truth.append(objects)
+    if not truth:
+        raise ValueError("precision_of: batches must hold at least one batch, got none")
+    return average_precision(found, Objects(*(torch.cat(part) for part in zip(*truth, strict=True))))
 
 
 def average_precision(found: Sequence[Detections], truth: Objects) -> dict[str, float]:
@@ -64,6 +91,6 @@ def average_precision(found: Sequence[Detections], truth: Objects) -> dict[str, 
     return {"AP50": 100 * float(evaluation.stats[1]), "AP": 100 * float(evaluation.stats[0])}
 
 
-def _width_and_height(boxes) -> list[list[float]]:
+def _width_and_height(boxes: Tensor) -> list[list[float]]:
     """COCO writes a box as x, y, width, height."""
     return [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in boxes.tolist()]

@@ -16,6 +16,7 @@ from zsq_ext.core.rng import stream
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.core.steps import Terms
 from zsq_ext.methods.job import Images, Job, hold_out
+from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.modules import RangeTrace, activation_quantizers, calibrating
 from zsq_ext.synth.filters import LowPass as LowPassFilter
 from zsq_ext.synth.generator import GeneratorConfig, train_generator
@@ -143,13 +144,14 @@ def calibrate(job: Job, config: QatConfig, student: fx.GraphModule, images: Tens
     """
     if not activation_quantizers(student):
         return {"ranges": [], "calibration": []}
+    fused = fuse(student)  # with the student's own quantizers, whose ranges come from the reads that make their values
     with calibrating(student):
         if config.ranges == "generator" and job.given is None:  # given images are better than a generator's
             trace = RangeTrace(student, config.generator.steps)
 
             def observe(batch: Tensor) -> None:
                 with torch.no_grad():
-                    student(batch)
+                    fused(batch)
                 trace.record()
 
             buffers = {name: b for name, b in student.named_buffers() if name.startswith("quantizers.")}
@@ -163,11 +165,13 @@ def calibrate(job: Job, config: QatConfig, student: fx.GraphModule, images: Tens
                 extra_state={**buffers, "trace": trace.rows},
             )
             return {"ranges": losses, "calibration": trace.history()}
-        return {"ranges": [], "calibration": _observe_images(job, config, student, images)}
+        return {"ranges": [], "calibration": _observe_images(job, config, student, fused, images)}
 
 
 @torch.no_grad()
-def _observe_images(job: Job, config: QatConfig, student: fx.GraphModule, images: Tensor) -> list[dict]:
+def _observe_images(
+    job: Job, config: QatConfig, student: fx.GraphModule, fused: fx.GraphModule, images: Tensor
+) -> list[dict]:
     trace = RangeTrace(student, config.range_steps)
     filter_images = low_pass(config, job.spec, job.device, "step")
     with job.progress.stage("ranges", config.range_steps) as stage:
@@ -178,7 +182,7 @@ def _observe_images(job: Job, config: QatConfig, student: fx.GraphModule, images
             batch = images[draw.to(job.device)]
             if filter_images is not None:
                 batch = filter_images(batch)
-            student(batch.contiguous(memory_format=torch.channels_last))
+            fused(batch.contiguous(memory_format=torch.channels_last))
             trace.record()
             stage.advance()
     return trace.history()

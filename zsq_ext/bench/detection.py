@@ -26,9 +26,8 @@ from zsq_ext.methods import controls, dgh
 from zsq_ext.methods.images import GaussianImages
 from zsq_ext.methods.job import Images, hold_out
 from zsq_ext.methods.recipe import Recipe
-from zsq_ext.zoo.average_precision import average_precision
-from zsq_ext.zoo.shape_scenes import SIZE, SPEC, TEST_IMAGES, Objects, ShapeScenes
-from zsq_ext.zoo.small_detector import Detections, decode
+from zsq_ext.zoo.average_precision import precision_of
+from zsq_ext.zoo.shape_scenes import SPEC, TEST_IMAGES, Objects, ShapeScenes
 from zsq_ext.zoo.teachers import detector
 
 MODEL = "fpn_small"
@@ -43,15 +42,12 @@ class TestScenes:
         self.count = count
         self._images, self._truth = ShapeScenes("test").images(range(count))
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """``{"AP50": percent, "AP": percent}`` of a network that returns the detector's heads."""
         device = next(model.parameters()).device
-        found: list[Detections] = []
-        for images in self._images.split(250):
-            heads = model(images.to(device, memory_format=torch.channels_last))
-            found += decode(heads, (SIZE, SIZE))
-        return average_precision(found, Objects(*self._truth))
+        images = (part.to(device, memory_format=torch.channels_last) for part in self._images.split(250))
+        truth = (Objects(*part) for part in zip(*(part.split(250) for part in self._truth), strict=True))
+        return precision_of(model, zip(images, truth, strict=True))
 
 
 def run_table(

@@ -15,6 +15,7 @@ from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.images import require_classes
 from zsq_ext.methods.job import Images, Job, Outcome
 from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.modules import RangeTrace, activation_quantizers, calibrating
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.synth.filters import LowPass as LowPassFilter
@@ -81,13 +82,15 @@ class Qat:
         """
         if not activation_quantizers(student):
             return {"ranges": [], "calibration": []}
+        # with the student's own quantizers, whose ranges come from the reads that make their values
+        fused = fuse(student)
         with calibrating(student):
             if self.ranges == "generator" and job.given is None:  # given images are better than a generator's
                 trace = RangeTrace(student, self.generator.steps)
 
                 def observe(batch: Tensor) -> None:
                     with torch.no_grad():
-                        student(batch)
+                        fused(batch)
                     trace.record()
 
                 buffers = {name: b for name, b in student.named_buffers() if name.startswith("quantizers.")}
@@ -101,10 +104,10 @@ class Qat:
                     extra_state={**buffers, "trace": trace.rows},
                 )
                 return {"ranges": losses, "calibration": trace.history()}
-            return {"ranges": [], "calibration": self._observe_images(job, student, images)}
+            return {"ranges": [], "calibration": self._observe_images(job, student, fused, images)}
 
     @torch.no_grad()
-    def _observe_images(self, job: Job, student: fx.GraphModule, images: Tensor) -> list[dict]:
+    def _observe_images(self, job: Job, student: fx.GraphModule, fused: fx.GraphModule, images: Tensor) -> list[dict]:
         trace = RangeTrace(student, self.range_steps)
         filter_images = self.low_pass(job, "step")
         size = min(self.range_batch, len(images))
@@ -114,7 +117,7 @@ class Qat:
                 batch = images[draw.to(job.device)]
                 if filter_images is not None:
                     batch = filter_images(batch)
-                student(batch.contiguous(memory_format=torch.channels_last))
+                fused(batch.contiguous(memory_format=torch.channels_last))
                 trace.record()
                 stage.advance()
         return trace.history()

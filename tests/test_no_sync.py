@@ -5,16 +5,24 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zsq_ext.bench import timing
 from zsq_ext.bench.families import FAMILIES
+from zsq_ext.core.progress import QUIET
+from zsq_ext.core.run import Run
 from zsq_ext.core.spec import InputSpec
+from zsq_ext.core.steps import Stage
 from zsq_ext.ops import KD_SCALINGS, channel_sums, distill_head, statistics_of
 from zsq_ext.ops.backend import reason_against
-from zsq_ext.quant import ranges
+from zsq_ext.quant import graph, ranges
+from zsq_ext.quant.capture import capture
+from zsq_ext.quant.config import QConfig
+from zsq_ext.quant.modules import calibrating
+from zsq_ext.quant.prepare import prepare
 from zsq_ext.quant.structure import heads
 from zsq_ext.synth import augment, filters, objectives
 from zsq_ext.synth.objectives import Statistics
@@ -22,7 +30,10 @@ from zsq_ext.synth.pixels import Plateau
 from zsq_ext.synth.set_objectives import set_statistics_loss, stretching_loss
 from zsq_ext.synth.stored import StoredConfig, View
 from zsq_ext.synth.whole_set import RunningTotals, SetTeacher
-from zsq_ext.tune import cam, losses
+from zsq_ext.tune import cam, learn, losses
+from zsq_ext.tune.reconstruct_config import GENIE_M
+from zsq_ext.tune.rows import Rows
+from zsq_ext.tune.soft import SoftUnit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -159,6 +170,33 @@ def test_a_step_never_waits(piece, teacher):
     run()  # constants are made and kept on the first call
     with no_waiting():
         run()
+
+
+@pytest.mark.parametrize(("rounding", "steps"), [(True, True), (True, False), (False, True)])
+def test_a_step_of_reconstruction_never_waits(monkeypatch, rounding, steps):
+    """Soft weights with their regulariser, learned steps, dropped elements; torch's Adam itself only on a GPU."""
+    layers = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
+    teacher = capture(nn.Sequential(*layers).eval(), torch.zeros(2, 3, 8, 8)).to(DEVICE)
+    student = prepare(teacher, QConfig(4, 4, w_range="lp")).requires_grad_(False)
+    x, kept = normal(6, 3, 8, 8), []
+    with calibrating(student):
+        student(x)
+    weight, activation = (graph.find(student, f"quantizers_{name}") for name in ("_0_weight", "relu"))
+    keys = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    entry = next(node.name for node in student.graph.nodes if node.op == "placeholder")
+    unit = SoftUnit(student, [entry], activation.name, [weight], [activation], 0.5, keys)
+    exact, rounded, target = (Rows(t, x.device) for t in (x, x + 0.1, normal(6, 4, 6, 6)))
+    monkeypatch.setattr(learn, "run_steps", lambda stage, count, step, *rest, **more: kept.append(step))
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    stage = Stage(Run(None, {}), "unit", 0, QUIET)
+    data = learn.Data([rounded], [exact], target)
+    learn.learn(stage, unit, data, GENIE_M, 10, rounding=rounding, steps=steps)
+    (step,) = kept
+    step(4)
+    with no_waiting():
+        terms = step(5)
+    assert terms.keys() == ({"mse", "rounding"} if rounding else {"mse"})
 
 
 def test_the_watch_sees_waiting():

@@ -17,11 +17,13 @@ from zsq_ext.core.spec import InputSpec
 from zsq_ext.core.steps import Diverged, Stage
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
-from zsq_ext.quant.modules import WeightQuantizer, activation_quantizers
+from zsq_ext.quant.modules import WeightQuantizer, activation_quantizers, calibrating
 from zsq_ext.quant.prepare import prepare
+from zsq_ext.tune import reconstruct as reconstruct_module
 from zsq_ext.tune.learn import betas
 from zsq_ext.tune.reconstruct import reconstruct
-from zsq_ext.tune.reconstruct_config import ADAROUND, BRECQ, GENIE_M, ReconstructConfig
+from zsq_ext.tune.reconstruct_config import ADAROUND, BRECQ, GENIE_M, ReconstructConfig, reconstruct_config
+from zsq_ext.tune.soft import SoftWeights
 
 IMAGES = torch.randn(22, 3, 8, 8, generator=torch.Generator().manual_seed(1)).contiguous(
     memory_format=torch.channels_last
@@ -292,6 +294,38 @@ def test_double_precision(two):
             assert torch.equal(quantizer(weight), weight)
 
 
+@KINDS
+def test_every_quantizer_is_set_by_one_unit_whatever_it_held(config, monkeypatch):
+    torch.manual_seed(0)
+    teacher = capture(Shared().eval(), torch.zeros(2, 3, 8, 8))
+    config, calls = changed(config, iterations=5, activation_iterations=5), []
+    set_before = prepare(teacher, qconfig())
+    with calibrating(set_before), torch.no_grad():
+        set_before(9 * IMAGES)
+    baked = SoftWeights.bake
+    monkeypatch.setattr(SoftWeights, "bake", lambda self: (calls.extend(map(id, self._weights)), baked(self))[1])
+    reconstruct(Stage(Run(None, {}), "reconstruct", 0, QUIET), teacher, set_before, IMAGES, config)
+    assert sorted(calls) == sorted(id(weight) for weight, _ in weights(set_before))
+    assert same(set_before, tuned(teacher, config)[0])
+
+
+def test_nothing_is_kept_that_no_later_unit_reads(teacher, monkeypatch):
+    living, stream_ = [], reconstruct_module._stream
+    rooms = []
+
+    def counted(network, inputs, room, *rest):
+        if room is not None:
+            rooms.append(room)
+            living.append(len(room._living))
+        return stream_(network, inputs, room, *rest)
+
+    monkeypatch.setattr(reconstruct_module, "_stream", counted)
+    tuned(teacher, changed(GENIE, iterations=0))
+    assert len(set(map(id, rooms))) == 1
+    # before the first target; then beside the two values of the prefix, and beside these and the target
+    assert living == [0, 1, 2, 3, 2, 3, 2, 3]
+
+
 # Runs
 
 
@@ -389,3 +423,19 @@ def test_what_cannot_be_done_is_refused_before_anything_moves(teacher):
 def test_a_wrong_field_is_named(fields, message):
     with pytest.raises(ValueError, match=f"^ReconstructConfig: {message}$"):
         ReconstructConfig(**fields)
+
+
+def test_sizes_of_the_published_settings():
+    for kind, published in (("genie_m", GENIE_M), ("brecq", BRECQ), ("adaround", ADAROUND)):
+        assert reconstruct_config(kind, "imagenet") == reconstruct_config(kind, "cifar") == published
+        smoke = reconstruct_config(kind, "smoke")
+        assert smoke.iterations <= 500
+        assert (smoke.granularity, smoke.joint, smoke.qdrop) == (
+            published.granularity,
+            published.joint,
+            published.qdrop,
+        )
+    with pytest.raises(ValueError, match=r"^reconstruct_config: kind must be one of brecq, genie_m, adaround, got 'x'"):
+        reconstruct_config("x", "smoke")
+    with pytest.raises(ValueError, match=r"^reconstruct_config: size must be one of smoke, cifar, imagenet, got 'x'"):
+        reconstruct_config("brecq", "x")

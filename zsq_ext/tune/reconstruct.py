@@ -90,7 +90,8 @@ def _walk(
     done: set[str] = set()
     history: History = []
     blocks: History = []
-    for index, unit in enumerate(plan):
+
+    def turn(index: int, unit: Unit) -> None:  # a function, so that what only this unit needs is gone with it
         part = replace(stage, name=f"{stage.name}-{index}", title=f"{unit.name} {index + 1}/{len(plan)}")
         task = _Task(part, student, unit, entry, done, config)
         read = [exact[name] for name in unit.inputs]
@@ -102,10 +103,13 @@ def _walk(
         if held is None:
             stage.run.save(part.name, task.tensors(), found)
             task.end()
-        history += [{"batch": index, **row} for row in found["history"]]
+        history.extend({"batch": index, **row} for row in found["history"])
         blocks.append({"step": index + 1, "block": unit.name, "before": found["before"], "after": after})
-        done |= task.owned
+        done.update(task.owned)
         exact[unit.output], rounded[unit.output] = target, values
+
+    for index, unit in enumerate(plan):
+        turn(index, unit)
         later = {name for other in plan[index + 1 :] for name in other.inputs}
         for rows in (exact, rounded):
             for name in rows.keys() - later:

@@ -65,3 +65,34 @@ BRECQ = replace(
 ADAROUND = replace(BRECQ, granularity="layer")
 
 KINDS = {"brecq": BRECQ, "genie_m": GENIE_M, "adaround": ADAROUND}
+SIZES = ("smoke", "cifar", "imagenet")
+
+
+def reconstruct_config(kind: str, size: str) -> ReconstructConfig:
+    """The hyperparameters of a published algorithm for a size of problem.
+
+    Args:
+        kind: ``"brecq"``, ``"genie_m"`` or ``"adaround"``.
+        size: ``"imagenet"`` and ``"cifar"``: as published, the same for both; ``"smoke"``: ours, about a minute on one
+            core for the embedded ResNet-20.
+
+    Raises:
+        ValueError: there is no such kind or size.
+    """
+    require("reconstruct_config", "kind", kind, kind in KINDS, f"be one of {', '.join(KINDS)}")
+    require("reconstruct_config", "size", size, size in SIZES, f"be one of {', '.join(SIZES)}")
+    return _smoke(KINDS[kind]) if size == "smoke" else KINDS[kind]
+
+
+def _smoke(config: ReconstructConfig) -> ReconstructConfig:
+    """A hundredth of the iterations, at rates that move a rounding variable as far as it has to go in them."""
+    return replace(
+        config,
+        iterations=200,
+        activation_iterations=100,
+        lr_rounding=3e-2,  # a variable of 0 is decided beyond +-2.4, 80 steps away
+        lr_weight_step=1e-3 if config.lr_weight_step > 0 else 0.0,
+        lr_activation_step=1e-3,
+        rounding=0.1,  # chosen with the rates, on the embedded task's validation stream
+        range_images=32,
+    )

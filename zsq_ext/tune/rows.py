@@ -43,7 +43,7 @@ class Rows:
         """The rows of some images, chosen by a range or by indices (B,) on the host, on the device."""
         if isinstance(chosen, Tensor):
             chosen = chosen.to(self._data.device, non_blocking=True)
-        found = self._data[chosen].to(self.device)
+        found = self._data[chosen].to(self.device, non_blocking=True)
         return found.permute(0, 3, 1, 2) if self.image else found
 
     def __setitem__(self, chosen: slice, values: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import fx
 
@@ -13,7 +13,7 @@ from zsq_ext.methods.job import Images, Job, Outcome
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import plan, prepare
 from zsq_ext.tune.reconstruct import reconstruct
-from zsq_ext.tune.reconstruct_config import KINDS, ReconstructConfig
+from zsq_ext.tune.reconstruct_config import ReconstructConfig, reconstruct_config
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,4 @@ class Reconstruction:
 
 def reconstruction(kind: str, preset: str) -> Reconstruction:
     """A published algorithm (``"brecq"``, ``"genie_m"`` or ``"adaround"``) at the length of a preset."""
-    return Reconstruction(replace(KINDS[kind], **_LENGTHS[preset]))
-
-
-# ours, but for ImageNet's: minutes on a laptop, and tens of minutes on a GPU
-_LENGTHS: dict[str, dict[str, Any]] = {
-    "smoke": {"iterations": 400, "activation_iterations": 100},
-    "cifar": {"iterations": 5000, "activation_iterations": 1250},
-    "imagenet": {},
-}
+    return Reconstruction(reconstruct_config(kind, preset))

@@ -373,7 +373,7 @@ def test_stopped_within_a_block_and_resumed_it_is_the_unbroken_run(teacher, tool
     assert name.endswith(title.partition(",")[0]) or title in name  # no finished unit is run again
     assert done == (step - 1) // 10 * 10  # the last look before
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"config.json", *(f"reconstruct-{i}.safetensors" for i in range(len(found.blocks)))}
+    assert left == {"config.json", "seconds.json", *(f"reconstruct-{i}.safetensors" for i in range(len(found.blocks)))}
 
 
 def test_a_finished_run_repeats_nothing(teacher, tmp_path):

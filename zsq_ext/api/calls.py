@@ -70,7 +70,7 @@ def quantize(
     Args:
         model: the trained network: one image batch in; logits (N, K) out, or for ``"dgh"`` any dicts and lists of
             tensors, such as a detector's heads. It is not touched.
-        method: ``"synq"``, ``"hast"``, ``"dgh"``, or a control: ``"minmax"`` (no tuning), ``"noise"``.
+        method: ``"synq"``, ``"hast"``, ``"dgh"``, ``"dfq"``, or a control: ``"minmax"`` (no tuning), ``"noise"``.
         w_bits: bits of the weights, 2 to 8.
         a_bits: bits of the activations, 2 to 8; None quantizes the weights only.
         input_shape: (C, H, W) of an image; or give ``input_spec``.
@@ -79,8 +79,8 @@ def quantize(
         preset: size of the run: ``"smoke"``, minutes to see it work; ``"cifar"`` and ``"imagenet"``, the literature's.
         profile: the variant where sources differ: ``"repo"`` or, for ``"synq"``, ``"paper"``, or, for ``"dgh"``,
             ``"mct"``.
-        tune: how the images are used: ``"qat"``, ``"brecq"``, ``"genie_m"``, ``"adaround"`` or ``"none"``; None leaves
-            it to the method.
+        tune: how the images are used: ``"qat"``, ``"brecq"``, ``"genie_m"``, ``"adaround"``, ``"dfq"`` or ``"none"``;
+            None leaves it to the method.
         ideas: published ideas to add to the method, such as ``LowPass(d0=8)``; one of a kind replaces the method's own.
         placement, edge_bits, sites: see ``QConfig``; None leaves them to the method.
         a_range, w_range: how ranges are found, see ``QConfig``; None leaves it to the tuning.

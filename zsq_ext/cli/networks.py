@@ -31,7 +31,7 @@ Std = Annotated[str | None, typer.Option(help="The input's standard deviation pe
 NumClasses = Annotated[int | None, typer.Option(help="Number of labels, where --data does not say it.")]
 Preset = Annotated[str, typer.Option(help="Size of the run: smoke (minutes), cifar, imagenet.")]
 Profile = Annotated[str | None, typer.Option(help="Variant where sources differ: repo, paper (synq), mct (dgh).")]
-Method = Annotated[str, typer.Option(help="synq, hast, dgh, or a control: minmax, noise.")]
+Method = Annotated[str, typer.Option(help="synq, hast, dgh, dfq, or a control: minmax, noise.")]
 Seed = Annotated[int, typer.Option(help="Of every random stream of the run.")]
 Device = Annotated[str | None, typer.Option(help="Where to work, such as cpu or cuda; the GPU if one is visible.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")]
@@ -51,7 +51,7 @@ def quantize(
     preset: Preset = "smoke",
     profile: Profile = None,
     tune: Annotated[
-        str | None, typer.Option(help="How the images are used: qat, brecq, genie_m, adaround, none.")
+        str | None, typer.Option(help="How the images are used: qat, brecq, genie_m, adaround, dfq, none.")
     ] = None,
     idea: Annotated[
         list[str] | None, typer.Option(help="An idea to add, such as 'LowPass(d0=8)'; may be repeated.")

@@ -26,23 +26,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import (
-    assert_exports,
-    assert_raises,
     assert_same,
-    compiled,
-    every,
-    other_stream,
     path,
     refused,
-    replayed,
     skip_refused,
     strides_like,
     unchanged,
 )
 
+from zsq_ext import ops
 from zsq_ext.ops import backend, cpu, reference, resize_crops, view_images
 from zsq_ext.ops.cases import image as cases
-from zsq_ext.ops.image import _edge_of
+from zsq_ext.ops.image import edge_of
 
 VIEW = {case.name: case for case in cases.VIEW}
 CROP = {case.name: case for case in cases.CROP}
@@ -51,28 +46,8 @@ BOTH = pytest.mark.parametrize("case", [*cases.VIEW, *cases.CROP], ids=lambda c:
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def name_of(case):
-    return "view_images" if isinstance(case, cases.ViewCase) else "resize_crops"
-
-
 def public(case):
-    return view_images if isinstance(case, cases.ViewCase) else resize_crops
-
-
-def op_args(case, device="cpu", seed=0):
-    """What the op gets: sigma as the weight that it makes."""
-    args = case.args(device, seed)
-    if isinstance(case, cases.CropCase):
-        return tuple(args.values())
-    return *(args[k] for k in ("x", "top", "left", "flip", "size")), _edge_of(case.sigma), args["low"], args["high"]
-
-
-def backward_args(case, device="cpu"):
-    _, *where = op_args(case, device)
-    if isinstance(case, cases.CropCase):
-        return case.grad(device), *where[:-1], case.shape[2:]
-    top, left, flip, _, edge, _, _ = where
-    return case.grad(device), top, left, flip, case.shape[2:], edge
+    return getattr(ops, case.op)
 
 
 # meaning
@@ -129,10 +104,10 @@ def test_float32_keeps_to_the_exact_values():
 
 
 def test_documented_weights():
-    edge = _edge_of(1.25)
+    edge = edge_of(1.25)
     assert (edge, 1 - 2 * edge) == pytest.approx((0.2961, 0.4078), abs=5e-5)
-    assert [_edge_of(s) for s in (None, 0, 0.0, 1e-300)] == [0.0] * 4
-    assert _edge_of(1e300) == pytest.approx(1 / 3)
+    assert [edge_of(s) for s in (None, 0, 0.0, 1e-300)] == [0.0] * 4
+    assert edge_of(1e300) == pytest.approx(1 / 3)
 
 
 def test_a_constant_stays_inside_and_fades_at_the_border():
@@ -140,7 +115,7 @@ def test_a_constant_stays_inside_and_fades_at_the_border():
     zero = torch.zeros(1, dtype=torch.int64)
     y = view_images(x, zero, zero, zero.bool(), (6, 6))
     torch.testing.assert_close(y[0, 0, 1:-1, 1:-1], x[0, 0, 1:-1, 1:-1], rtol=3e-7, atol=0)  # 5 roundings
-    torch.testing.assert_close(y[0, 0, 0, 1:-1], torch.full((4,), 7 * (1 - _edge_of(1.25))), rtol=3e-7, atol=0)
+    torch.testing.assert_close(y[0, 0, 0, 1:-1], torch.full((4,), 7 * (1 - edge_of(1.25))), rtol=3e-7, atol=0)
 
 
 def test_flip_comes_first():
@@ -175,7 +150,7 @@ def test_where_the_bounds_cross_the_upper_one_holds():
     assert y.tolist() == [[[[-1.0] * 3]]]
 
 
-@pytest.mark.parametrize("case", [VIEW["plain"], CROP["plain"]], ids=name_of)
+@pytest.mark.parametrize("case", [VIEW["plain"], CROP["plain"]], ids=lambda case: case.op)
 def test_int32_and_strided_places_are_taken(case):
     args = case.args()
     expected = public(case)(**args)
@@ -193,32 +168,32 @@ def test_int32_and_strided_places_are_taken(case):
 def test_forward_agrees_with_the_reference(case, fast):
     name, device = fast
     args = case.args(device)
-    if refused(fast, name_of(case), case.dtype, lambda: public(case)(**args)):
+    if refused(fast, case.op, case.dtype, lambda: public(case)(**args)):
         return
     with backend.backend(name), unchanged(args):
         got = public(case)(**args)
-    assert_same(got, getattr(reference, name_of(case))(*op_args(case)))
+    assert_same(got, getattr(reference, case.op)(*case.op_args()))
     assert got.stride() == strides_like(args["x"], case.size)
 
 
 @BOTH
 def test_backward_agrees_with_the_reference(case, fast):
     name, device = fast
-    op = f"{name_of(case)}_backward"
+    op = f"{case.op}_backward"
     skip_refused(fast, op, case.dtype)
-    args = backward_args(case, device)
+    args = case.backward_args(device)
     with backend.backend(name):
         got = getattr(torch.ops.zsq, op)(*args)
-    assert_same(got, getattr(reference, op)(*backward_args(case)))
+    assert_same(got, getattr(reference, op)(*case.backward_args()))
     assert got.stride() == strides_like(args[0], case.shape[2:])
 
 
 @BOTH
 def test_scalar_path_agrees_with_the_reference(case, scalar):
-    name = name_of(case)
-    assert_same(getattr(cpu, name)(*op_args(case)), getattr(reference, name)(*op_args(case)))
+    name = case.op
+    assert_same(getattr(cpu, name)(*case.op_args()), getattr(reference, name)(*case.op_args()))
     back = f"{name}_backward"
-    assert_same(getattr(cpu, back)(*backward_args(case)), getattr(reference, back)(*backward_args(case)))
+    assert_same(getattr(cpu, back)(*case.backward_args()), getattr(reference, back)(*case.backward_args()))
 
 
 @pytest.mark.parametrize("name", ["threads", "threads_channels_last"])
@@ -227,108 +202,9 @@ def test_any_number_of_threads_gives_the_same_bits(table, name):
     case, found = table[name], []
     for threads in (1, 2, 5):
         with path(threads=threads):
-            forward = getattr(cpu, name_of(case))(*op_args(case))
-            found.append((forward, getattr(cpu, f"{name_of(case)}_backward")(*backward_args(case))))
+            forward = getattr(cpu, case.op)(*case.op_args())
+            found.append((forward, getattr(cpu, f"{case.op}_backward")(*case.backward_args())))
         assert_same(found[-1], found[0])
-
-
-# gradients
-
-
-ADJOINT = ["plain", "tail", "whole_groups", "channels_last", "one_pixel", "one_row", "outside"]
-
-
-@pytest.mark.parametrize("name", ["reference", "cpu"])  # the others have their bits, and no float64
-def test_adjoints_are_exact(name):
-    """<A x, y> = <x, A^T y>."""
-    if backend.missing(name):
-        pytest.skip(f"{name}: {backend.missing(name)}")
-    some = [VIEW[k] for k in (*ADJOINT, "corners", "sharp_corners", "everything")]
-    some += [CROP[k] for k in (*ADJOINT, "larger", "smaller", "mixed", "pixel", "full")]
-    for case in some:
-        x, *where = op_args(case)
-        if isinstance(case, cases.ViewCase):
-            where[-2:] = None, None
-        x, grad = x.double(), case.grad().double()
-        with backend.backend(name):
-            y = getattr(torch.ops.zsq, name_of(case))(x, *where)
-            back = getattr(torch.ops.zsq, f"{name_of(case)}_backward")(grad, *backward_args(case)[1:])
-        left, right = (y * grad).sum(), (x * back).sum()
-        # every product went through at most 20 roundings or so, each of half a unit
-        assert abs(left - right) <= 20 * torch.finfo(torch.float64).eps * (y * grad).abs().sum(), case.name
-
-
-@every(cases.VIEW)
-def test_pixels_outside_the_view_get_an_exact_zero(case):
-    if case.values == "special" or case.corner == "outside":
-        return
-    args = backward_args(case)
-    got = reference.view_images_backward(*args)
-    reach = 0 if not case.sigma else 1
-    for dx, i, j, flip in zip(got, *(t.tolist() for t in args[1:4]), strict=True):
-        seen = torch.zeros(case.shape[2:], dtype=torch.bool)
-        if min(case.size):
-            seen[max(0, i - reach) : i + case.size[0] + reach, max(0, j - reach) : j + case.size[1] + reach] = True
-        outside = dx.masked_fill(seen.flip(1) if flip else seen, 0)
-        assert_same(outside, torch.zeros_like(outside))
-
-
-def test_the_clip_passes_every_gradient():
-    args = VIEW["plain"].args()
-    x, grad = args["x"].requires_grad_(), VIEW["plain"].grad()
-    narrow = {**args, "low": torch.zeros(3), "high": torch.zeros(3)}
-    y = view_images(**narrow)
-    assert not y.any()
-    (clipped,) = torch.autograd.grad(y, x, grad)
-    (free,) = torch.autograd.grad(view_images(**{**args, "low": None, "high": None}), x, grad)
-    assert_same(clipped, free)
-    assert clipped.any()
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradcheck(layout):
-    double = {"dtype": torch.float64, "layout": layout, "shape": (2, 2, 4, 5)}
-    view = cases.ViewCase("", size=(3, 3), clip=False, **double).args()
-    crop = cases.CropCase("", size=(3, 6), **double).args()
-    for function, args in ((view_images, view), (resize_crops, crop)):
-        x = args.pop("x").requires_grad_()
-        torch.autograd.gradcheck(lambda x, f=function, a=args: f(x, **a), x)
-        torch.autograd.gradgradcheck(lambda x, f=function, a=args: f(x, **a) ** 2, x)
-
-
-@pytest.mark.parametrize("case", [VIEW["plain"], CROP["plain"]], ids=name_of)
-def test_only_places_are_saved(case):
-    args = case.args()
-    y = public(case)(**{**args, "x": args["x"].requires_grad_()})
-    assert {t.dtype for t in y.grad_fn.saved_tensors} == {torch.int64, torch.bool}
-    with torch.no_grad():
-        assert not public(case)(**args).requires_grad
-
-
-@pytest.mark.parametrize("case", [VIEW["plain"], CROP["plain"]], ids=name_of)
-def test_autocast_keeps_the_dtype(case):
-    args = case.args()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_same(public(case)(**args), getattr(reference, name_of(case))(*op_args(case)))
-
-
-# errors
-
-
-def _good(view):
-    zero, one = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
-    good = {"x": torch.zeros(2, 3, 8, 8), "top": zero, "left": zero, "flip": zero.bool(), "size": (4, 4)}
-    return good | ({"low": torch.zeros(3), "high": torch.ones(3)} if view else {"height": one, "width": one})
-
-
-@every(cases.VIEW_ERRORS)
-def test_errors_of_views_name_the_argument(case):
-    assert_raises(case, view_images, _good(view=True))
-
-
-@every(cases.CROP_ERRORS)
-def test_errors_of_crops_name_the_argument(case):
-    assert_raises(case, resize_crops, _good(view=False))
 
 
 # properties
@@ -346,7 +222,7 @@ def test_crops_of_any_size_have_weights_of_one_and_exact_adjoints(seed, full, si
     (back,) = torch.autograd.grad(y, x, grad)
     # sums of thousands of products of either sign
     assert ((y * grad).sum() - (x * back).sum()).abs() <= 1e-13 * (y * grad).abs().sum()
-    float_args = op_args(cases.CropCase("", case.shape, case.size), seed=seed)
+    float_args = cases.CropCase("", case.shape, case.size).op_args(seed=seed)
     assert_same(cpu.resize_crops(*float_args), reference.resize_crops(*float_args))
 
 
@@ -367,84 +243,3 @@ def test_a_view_of_everything_holds_every_view(seed):
     whole = view_images(**{**args, "top": args["top"] * 0, "left": args["left"] * 0, "size": (13, 21)})
     for part, all_, i, j in zip(view_images(**args), whole, args["top"].tolist(), args["left"].tolist(), strict=True):
         assert_same(part, all_[:, i : i + 9, j : j + 18])
-
-
-# torch's machinery
-
-# Not nan_inf: opcheck compares results by value, and NaN differs from itself.
-OPCHECK = ["plain", "channels_last", "one_pixel", "no_images", "no_output", "strided", "expanded", "permuted"]
-OPCHECK += ["fp16_contiguous", "bf16_channels_last", "fp64_contiguous"]
-
-
-@pytest.mark.parametrize("name", OPCHECK)
-@pytest.mark.parametrize("table", [VIEW, CROP], ids=["view", "crop"])
-def test_opcheck(table, name):
-    case = table[name]
-    torch.library.opcheck(getattr(torch.ops.zsq, name_of(case)).default, op_args(case))
-    torch.library.opcheck(getattr(torch.ops.zsq, f"{name_of(case)}_backward").default, backward_args(case))
-
-
-@every([VIEW["plain"], VIEW["channels_last"], CROP["plain"]])
-def test_compile_keeps_the_op(case):
-    args = case.args()
-    x = args.pop("x").requires_grad_()
-    out, graphs = compiled(lambda x: public(case)(x, **args), x)
-    (got,) = torch.autograd.grad(out, x, case.grad())
-    assert any(f"zsq.{name_of(case)}" in op for op in graphs[0])
-    assert_same(out, getattr(reference, name_of(case))(*op_args(case)))
-    assert_same(got, getattr(reference, f"{name_of(case)}_backward")(*backward_args(case)))
-
-
-class Pipeline(torch.nn.Module):
-    def forward(self, x, start, flip):
-        x = view_images(x, start, start, flip, (7, 6), low=torch.full((3,), -1.0), high=torch.ones(3))
-        return resize_crops(x, start, start, start + 3, start + 2, flip, (5, 9))
-
-
-def test_export_keeps_the_ops():
-    def inputs(batch):
-        rng = torch.Generator().manual_seed(batch)
-        start = torch.randint(0, 3, (batch,), generator=rng)
-        return torch.randn(batch, 3, 10, 8, generator=rng), start, start > 0
-
-    assert_exports(Pipeline(), inputs(2), inputs(5), "view_images", "resize_crops")
-
-
-def test_meta_tensors_have_a_shape_and_no_values():
-    x, n = torch.empty(2, 3, 8, 8, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
-    assert view_images(x, n, n, n.bool(), (5, 4)).shape == (2, 3, 5, 4)
-    assert resize_crops(x, n, n, n, n, n.bool(), (5, 14)).shape == (2, 3, 5, 14)
-
-
-# GPU only
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-@pytest.mark.parametrize("case", [VIEW["plain"], CROP["plain"]], ids=name_of)
-def test_cuda_graph_replays_with_new_contents(name, case):
-    args = case.args("cuda")
-
-    def change():
-        for k, t in case.args("cuda", seed=7).items():
-            if isinstance(t, torch.Tensor) and k not in ("low", "high"):
-                args[k].copy_(t)
-
-    with backend.backend(name):
-        out = replayed(lambda: public(case)(**args), change)
-    expected = op_args(case, seed=7)
-    if isinstance(case, cases.ViewCase):
-        expected = *expected[:-2], args["low"].cpu(), args["high"].cpu()
-    assert_same(out, getattr(reference, name_of(case))(*expected))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_runs_on_the_current_stream(name):
-    case = VIEW["threads"]
-    args = case.args("cuda")
-    with other_stream(), backend.backend(name):
-        args["x"].mul_(2)
-        out = view_images(**args)
-    expected = op_args(case)
-    assert_same(out, reference.view_images(expected[0] * 2, *expected[1:]))

@@ -131,7 +131,7 @@ def _check_each(op: str, x: Tensor, flip: Tensor, **pixels: Tensor) -> list[Tens
     return [*(t.to(torch.int64).contiguous() for t in pixels.values()), flip.contiguous()]
 
 
-def _edge_of(sigma: float | None) -> float:
+def edge_of(sigma: float | None) -> float:
     """The weight of either neighbour under a Gaussian of three samples; 0 where nothing is smoothed."""
     if sigma is None or sigma == 0:
         return 0.0
@@ -204,7 +204,7 @@ def view_images(
     if (low is None) != (high is None):
         raise ValueError(f"view_images: low and high must both be given, got no {'low' if low is None else 'high'}")
     clip = [None if t is None else _bound(name, t, x) for name, t in (("low", low), ("high", high))]
-    args = x, *where, (height, width), _edge_of(sigma), *clip
+    args = x, *where, (height, width), edge_of(sigma), *clip
     return _View.apply(*args) if torch.is_grad_enabled() and x.requires_grad else _op_view(*args)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zsq_ext.ops.cases import LAYOUTS, ErrorCase
+from zsq_ext.ops.image import edge_of
 from zsq_ext.ops.layout import COMPUTE
 
 
@@ -38,17 +39,31 @@ class ImageCase:
         """An upstream gradient, in the layout of the images."""
         return self.images((*self.shape[:2], *self.size), device, seed)
 
+    def args(self, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """The public function's arguments by name, the same on every device."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class ViewCase(ImageCase):
     """One input of view_images. `corner` puts each view into a corner of its image; "outside" asks for more."""
 
+    op = "view_images"
     sigma: float | None = 1.25
     clip: bool = True
     corner: str = "random"
 
+    def op_args(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        """What the registered op gets: sigma as the weight that it makes."""
+        args = self.args(device, seed)
+        where = (args[name] for name in ("x", "top", "left", "flip", "size"))
+        return *where, edge_of(self.sigma), args["low"], args["high"]
+
+    def backward_args(self, device: str = "cpu") -> tuple[Any, ...]:
+        _, top, left, flip, _, edge, *_ = self.op_args(device)
+        return self.grad(device), top, left, flip, self.shape[2:], edge
+
     def args(self, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-        """The arguments of view_images by name, the same on every device."""
         rng = torch.Generator().manual_seed(seed)
         batch, channels = self.shape[:2]
         room = [self.shape[2 + i] - self.size[i] for i in range(2)]
@@ -74,10 +89,18 @@ class ViewCase(ImageCase):
 class CropCase(ImageCase):
     """One input of resize_crops. `crops`: "random"; "full" for the whole image; "pixel" for one; "outside"."""
 
+    op = "resize_crops"
     crops: str = "random"
 
+    def op_args(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        """What the registered op gets."""
+        return tuple(self.args(device, seed).values())
+
+    def backward_args(self, device: str = "cpu") -> tuple[Any, ...]:
+        _, *crops, _ = self.op_args(device)
+        return self.grad(device), *crops, self.shape[2:]
+
     def args(self, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-        """The arguments of resize_crops by name, the same on every device."""
         rng = torch.Generator().manual_seed(seed)
         batch = self.shape[0]
         start, extent = [], []

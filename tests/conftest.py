@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 from zsq_ext.ops import backend
 
-pytest_plugins = ["parity"]  # as a plugin, so that pytest explains its assertions too
+pytest_plugins = ["parity", "distill_bounds"]  # as plugins, so that pytest explains their assertions too
 
 REQUIRED = [name for name in os.environ.get("ZSQ_REQUIRE", "").split(",") if name]
 

@@ -20,8 +20,8 @@ WHOLE, BASE = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3, 4, 4, dtype=t
 LOGITS, LABELS = torch.randn(4, 5), torch.arange(4)
 
 FLOATS = [torch.zeros(2, 3, 4, 4, dtype=torch.int64), torch.zeros(2, 3, 4, 4, dtype=torch.bool)]
-NO_TENSOR = ["text", 1.0, True, [1.0], np.ones(3, np.float32)]
-NO_NUMBER = ["2", True, [1], torch.tensor(1), 1j, np.ones(1)]
+NO_TENSOR = ["text", 1.0, True, [1.0], np.ones(3, np.float32), torch.ones(2, 3, 4, 4).to_sparse()]
+NO_NUMBER = ["2", True, [1], torch.tensor(1), 1j, np.ones(1), 10**400]
 NO_INTEGER = [*NO_NUMBER, 1.5, math.nan, math.inf]
 
 # What an argument of a kind may not be. "?" behind a kind is one that may be None.
@@ -223,6 +223,10 @@ EXACT = (
     ("bn_act", {"eps": "1e-5"}, "eps must be a number, got '1e-5'"),
     ("bn_act", {"quant": (0.1, ZERO, 0, 15)}, "quant's scale must be a tensor, got float"),
     ("bn_act", {"quant": (STEP, ZERO, 0, 1.5)}, "quant's qmax must be an integer, got 1.5"),
+    ("fake_quant", {"x": X.to_sparse()}, "x must be dense, got torch.sparse_coo"),
+    ("fake_quant", {"qmin": np.int64(1)}, "qmin must be an integer, got np.int64(1)"),
+    ("fake_quant", {"grad_scale": 10**400}, "grad_scale must fit into 64 bits, got an integer of 1329"),
+    ("resize_crops", {"size": (2, 2**70)}, "size[1] must fit into 64 bits, got an integer of 71"),
     ("lp_error", {"p": torch.tensor(2.0)}, "p must be a number, got Tensor"),
     ("cam_map", {"floor": "0"}, "floor must be None or a number, got '0'"),
     ("view_images", {"size": 2}, "size must be two integers, got 2"),

@@ -104,7 +104,7 @@ def _check_grid(
     op: str, name: str, v: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, at: str = ""
 ) -> tuple[Tensor, Tensor]:
     """scale and zero_point, contiguous and of one length. `name` is what v is called."""
-    dim = checks.dimension(op, f"{name}{at}", v, axis, of=f" for {name}{at}" if at else "")
+    dim = checks.dimension(op, name, v, axis, x_at=at)
     called = name, "scale", "zero_point"
     return checks.grid(op, v, scale, zero_point, dim, v.dtype, at, called=called, groups=False)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from zsq_ext.ops import backend, reference
 from zsq_ext.ops import check as checks
 from zsq_ext.ops.bn_act_spec import LAYER, Found, Grads, Layer, Needs, Norm, Outputs, Quant
-from zsq_ext.ops.bn_act_sums import STATS, check_channels, check_input, fake_sums, pair, wants_undefined
+from zsq_ext.ops.bn_act_sums import STATS, check_channels, check_eps, check_input, fake_sums, pair, wants_undefined
 from zsq_ext.ops.layout import channels_last, empty_arranged, rows_of
 from zsq_ext.ops.once import once
 
@@ -107,19 +107,6 @@ class _BnAct(torch.autograd.Function):
         return du, dr, None, None, None, None, dgamma, dbeta, *[None] * len(others)
 
 
-def _check_residual(residual: Tensor | None, u: Tensor) -> None:
-    if residual is None:
-        return
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"bn_act: residual must be a tensor, got {type(residual).__name__}")
-    if residual.dtype is not u.dtype:
-        raise TypeError(f"bn_act: residual must be {u.dtype} as u is, got {residual.dtype}")
-    if residual.shape != u.shape:
-        raise ValueError(f"bn_act: residual must have u's shape {tuple(u.shape)}, got {tuple(residual.shape)}")
-    if residual.device != u.device:
-        raise ValueError(f"bn_act: residual must be on {u.device}, got {residual.device}")
-
-
 def _checked_quant(quant: tuple[Tensor, Tensor, int, int] | None, grad: str, u: Tensor) -> Quant | None:
     if not isinstance(grad, str) or grad not in QUANT_GRADS:
         raise ValueError(
@@ -209,8 +196,10 @@ def bn_act(
     checks.one_of("bn_act", "act", act, ACTS)
     if stats is not None:
         checks.one_of("bn_act", "stats", stats, STATS, rule="None or one of")
-    checks.epsilon("bn_act", eps)
-    _check_residual(residual, u)
+    check_eps("bn_act", eps)
+    if residual is not None:
+        of, called = " as u is", "u's shape"
+        checks.beside("bn_act", "residual", residual, u.dtype, u.shape, u.device, of=of, called=called)
     if mean is None or var is None:
         raise TypeError(f"bn_act: {'mean' if mean is None else 'var'} must be a tensor, got NoneType")
     mean, var, gamma, beta = check_channels("bn_act", u, mean=mean, var=var, gamma=gamma, beta=beta)

@@ -1,5 +1,6 @@
 """The statistics of what enters a batch norm: sums over each channel, shifted by the stored mean."""
 
+import math
 from typing import Any
 
 import torch
@@ -80,6 +81,33 @@ def check_channels(op: str, u: Tensor, **parameters: Tensor | None) -> Any:
     return [None if t is None else t.contiguous() for t in parameters.values()]
 
 
+def check_eps(op: str, eps: Any) -> None:
+    checks.number(op, "eps", eps)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps must be >= 0 and finite, got {eps}")
+
+
+def _check_sums(op: str, s1: Any, s2: Any, count: Any, **parameters: Any) -> None:
+    """The sums over `count` values of each channel, (C,) or (N, C), and parameters (C,) of their dtype.
+
+    gamma and beta may be None. A tensor of counts is one for each channel, and its values are not looked at.
+    """
+    checks.compute_dtype(op, "s1", s1)
+    if s1.dim() not in (1, 2):
+        raise ValueError(f"{op}: s1 must have shape (C,) or (N, C), got {tuple(s1.shape)}")
+    checks.beside(op, "s2", s2, s1.dtype, s1.shape, s1.device, of=" as s1 is", called="s1's shape")
+    for name, t in parameters.items():
+        if t is not None or name not in ("gamma", "beta"):
+            checks.beside(op, name, t, s1.dtype, s1.shape[-1:], s1.device, of=" as s1 is")
+    if isinstance(count, Tensor):
+        if count.dim() > 1 or count.numel() not in (1, s1.size(-1)):
+            raise ValueError(f"{op}: count must have shape () or ({s1.size(-1)},), got {tuple(count.shape)}")
+        return
+    checks.integer(op, "count", count, rule="an integer or a tensor")
+    if not count > 0:
+        raise ValueError(f"{op}: count must be > 0, got {count}")
+
+
 def channel_sums(u: Tensor, mean: Tensor, stats: str = "batch") -> tuple[Tensor, Tensor]:
     """The sums of `bn_act` alone: reads u once, writes nothing of its size.
 
@@ -135,7 +163,7 @@ def statistics_of(s1: Tensor, s2: Tensor, count: int | Tensor, mean: Tensor) -> 
         >>> statistics_of(*channel_sums(torch.tensor([[1.0, -1.0], [3.0, 5.0]]), mean), 2, mean)
         (tensor([2., 2.]), tensor([1., 9.]))
     """
-    checks.sums("statistics_of", s1, s2, count, mean=mean)
+    _check_sums("statistics_of", s1, s2, count, mean=mean)
     shift = s1 / count
     return mean + shift, (s2 / count - shift.square()).clamp_min(0)
 
@@ -164,8 +192,8 @@ def channel_energy(
         >>> channel_energy(*channel_sums(u, mean), 2, var, None, None, 0.0)
         tensor([ 0.5000, 10.0000])
     """
-    checks.sums("channel_energy", s1, s2, count, var=var, gamma=gamma, beta=beta)
-    checks.epsilon("channel_energy", eps)
+    _check_sums("channel_energy", s1, s2, count, var=var, gamma=gamma, beta=beta)
+    check_eps("channel_energy", eps)
     slope = (var + eps).rsqrt() if gamma is None else gamma * (var + eps).rsqrt()
     shift = s1 / count
     level = slope * shift if beta is None else slope * shift + beta

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from zsq_ext.ops.layout import COMPUTE, is_dense
 
 # Codes are computed in float32, which holds every integer up to here.
 _CODE_LIMIT = 2**24
+
+_DENSE = torch.strided
 
 # What a size or a number may also be while a graph is traced.
 _INTEGERS = int, torch.SymInt
@@ -29,7 +32,7 @@ def shown(value: Any) -> str:
     """What an error says it got: a short value itself, of others the type."""
     if isinstance(value, (list, tuple)) and len(value) <= 4 and all(isinstance(v, _NUMBERS) for v in value):
         return repr(value)
-    short = value is None or isinstance(value, (str, bool, complex, torch.dtype, *_NUMBERS))
+    short = value is None or isinstance(value, (str, bool, complex, torch.dtype, np.generic, *_NUMBERS))
     return repr(value) if short else type(value).__name__
 
 
@@ -37,23 +40,25 @@ def integer(op: str, name: str, value: Any, at: str = "", *, rule: str = "an int
     # True is 1 to Python, and a mistake as a code or a dimension.
     if not isinstance(value, _INTEGERS) or isinstance(value, bool):
         raise TypeError(f"{op}: {name}{at} must be {rule}, got {shown(value)}")
+    _fits(op, name, value, at)
 
 
 def number(op: str, name: str, value: Any, at: str = "", *, rule: str = "a number") -> None:
     """An int or a float: no tensor, which would have to be waited for. `rule` says it where others are taken too."""
     if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise TypeError(f"{op}: {name}{at} must be {rule}, got {shown(value)}")
+    _fits(op, name, value, at)
+
+
+def _fits(op: str, name: str, value: Any, at: str) -> None:
+    # Of a size that is traced nothing is known.
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: {name}{at} must fit into 64 bits, got an integer of {value.bit_length()}")
 
 
 def flag(op: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False, got {shown(value)}")
-
-
-def epsilon(op: str, eps: Any) -> None:
-    number(op, "eps", eps)
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{op}: eps must be >= 0 and finite, got {eps}")
 
 
 def one_of(op: str, name: str, value: Any, names: Sequence[str], *, rule: str = "one of") -> None:
@@ -93,21 +98,23 @@ def _is_code_range(qmin: Any, qmax: Any, limit: int) -> bool:
     return type(qmin) is int and type(qmax) is int and -limit <= qmin <= qmax <= limit
 
 
-def dimension(op: str, name: str, x: Tensor, axis: Any, at: str = "", of: str = "") -> int | None:
+def dimension(op: str, name: str, x: Tensor, axis: Any, at: str = "", x_at: str = "") -> int | None:
     """axis counted from the front, or None.
 
     Args:
         name: what the caller calls x.
-        at: the place of axis.
-        of: " for " and x's name, where x is one of several.
+        at, x_at: the places of axis and of x.
     """
+    dims = x.dim()
+    if type(axis) is int and -dims <= axis < dims:  # as it almost always is
+        return axis % dims
     if axis is None:
         return None
     integer(op, "axis", axis, at)
-    dims = x.dim()
     if not -dims <= axis < dims:
-        rule = f"in [{-dims}, {dims - 1}]{of}" if dims else f"None for 0-d {name}"
-        raise ValueError(f"{op}: axis{at} must be {rule}, got {axis}")
+        rule = f"in [{-dims}, {dims - 1}]" if dims else f"None for 0-d {name}{x_at}"
+        of = f" for {name}{x_at}" if dims and x_at and not at else ""
+        raise ValueError(f"{op}: axis{at} must be {rule}{of}, got {axis}")
     return axis % dims
 
 
@@ -136,13 +143,9 @@ def axes(op: str, tensors: Sequence[Tensor], axis: Any, *, optional: bool = Fals
     """`dimension` of each tensor, from one for all or one for each; -1 for None, where it is optional."""
     found = []
     for k, (x, each) in enumerate(zip(tensors, one_each(op, "axis", axis, len(tensors)), strict=True)):
-        if type(each) is int and -x.dim() <= each < x.dim():  # as it almost always is
-            found.append(each % x.dim())
-            continue
-        name, at = f"tensors[{k}]", place(axis, k)
-        if not optional:
-            integer(op, "axis", each, at)
-        counted = dimension(op, name, x, each, at, "" if at else f" for {name}")
+        if each is None and not optional:
+            integer(op, "axis", each, place(axis, k))
+        counted = dimension(op, "tensors", x, each, place(axis, k), f"[{k}]")
         found.append(-1 if counted is None else counted)
     return found
 
@@ -162,6 +165,8 @@ def _is_list(values: Any) -> bool:
 def tensor(op: str, name: str, t: Any, at: str = "") -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name}{at} must be a tensor, got {type(t).__name__}")
+    if t.layout is not _DENSE:
+        raise TypeError(f"{op}: {name}{at} must be dense, got {t.layout}")
 
 
 def compute_dtype(op: str, name: str, x: Any, at: str = "") -> torch.dtype:
@@ -170,6 +175,8 @@ def compute_dtype(op: str, name: str, x: Any, at: str = "") -> torch.dtype:
     if compute is None:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{op}: {name}{at} must be a float32, float16, bfloat16 or float64 tensor, got {got}")
+    if x.layout is not _DENSE or x.is_nested:
+        raise TypeError(f"{op}: {name}{at} must be dense, got {'a nested tensor' if x.is_nested else x.layout}")
     return compute
 
 
@@ -326,27 +333,3 @@ def positive(op: str, scale: Tensor) -> None:
         if not 0 < value < math.inf:
             where = f"channel {i}" if scale.dim() == 1 else f"group {divmod(i, scale.size(1))}"
             raise ValueError(f"{op}: scale must be positive and finite, got {value} in {where}")
-
-
-# sums over channels
-
-
-def sums(op: str, s1: Any, s2: Any, count: Any, **parameters: Any) -> None:
-    """The sums over `count` values of each channel, (C,) or (N, C), and parameters (C,) of their dtype.
-
-    gamma and beta may be None. A tensor of counts is one for each channel, and its values are not looked at.
-    """
-    compute_dtype(op, "s1", s1)
-    if s1.dim() not in (1, 2):
-        raise ValueError(f"{op}: s1 must have shape (C,) or (N, C), got {tuple(s1.shape)}")
-    beside(op, "s2", s2, s1.dtype, s1.shape, s1.device, of=" as s1 is", called="s1's shape")
-    for name, t in parameters.items():
-        if t is not None or name not in ("gamma", "beta"):
-            beside(op, name, t, s1.dtype, s1.shape[-1:], s1.device, of=" as s1 is")
-    if isinstance(count, Tensor):
-        if count.dim() > 1 or count.numel() not in (1, s1.size(-1)):
-            raise ValueError(f"{op}: count must have shape () or ({s1.size(-1)},), got {tuple(count.shape)}")
-        return
-    integer(op, "count", count, rule="an integer or a tensor")
-    if not count > 0:
-        raise ValueError(f"{op}: count must be > 0, got {count}")

@@ -39,9 +39,11 @@ def fake_quants(ops, case):
 
 
 def manies(ops, case):
-    args, learned, some = case.args(), case.args(learned=True), [True] * len(case.each)
-    ops.fake_quant_many(*args)
-    ops.fake_quant_many_backward(case.grads(), *learned, some, some)
+    from zsq_ext.ops.fake_quant_many_spec import Grids, Needs
+
+    (x, *grids), (learned_x, *learned), some = case.args(), case.args(learned=True), [True] * len(case.each)
+    ops.fake_quant_many(x, Grids(*grids))
+    ops.fake_quant_many_backward(case.grads(), learned_x, Grids(*learned), Needs(some, some))
 
 
 def lp_errors(ops, case):
@@ -55,11 +57,13 @@ def minmaxes(ops, case):
 
 
 def adarounds(ops, case):
-    *lists, beta = case.lists()
-    grad, grad_reg = case.grads()
-    ops.adaround(*lists, beta, False)
-    ops.adaround(*lists, None, True)
-    ops.adaround_backward([grad], *lists, beta, grad_reg, True)
+    from zsq_ext.ops.adaround_spec import Rounding
+
+    v, *lists, beta = case.lists()
+    rounding, (grad, grad_reg) = Rounding(*lists), case.grads()
+    ops.adaround(v, rounding, beta, False)
+    ops.adaround(v, rounding, None, True)
+    ops.adaround_backward([grad], v, rounding, beta, grad_reg, True)
 
 
 def bn_acts(ops, case):
@@ -71,9 +75,12 @@ def bn_acts(ops, case):
 
 
 def distills(ops, case):
+    from zsq_ext.ops.heads_spec import Grads, Kept, Needs, Terms, Trust
+
     student, teacher, labels, given, *how = case.args()
-    *_, easy, _, rows = ops.distill_head(student, teacher, labels, given, *how)
-    ops.distill_head_backward(student, teacher, labels, easy, rows, *case.grads(), *how[:4], True, True)
+    terms, grads = Terms(*how[:4]), Grads(*case.grads())
+    *_, easy, _, rows = ops.distill_head(student, teacher, Trust(labels, given, *how[4:]), terms)
+    ops.distill_head_backward(student, teacher, Kept(labels, easy, rows), grads, terms, Needs(True, True))
 
 
 def cams(ops, case):

@@ -1,4 +1,21 @@
-"""bn_act's extremes: bit for bit what channel_range finds in what bn_act yields, and asking changes nothing else."""
+"""bn_act's extremes: bit for bit what channel_range finds in what bn_act yields, and asking changes nothing else.
+
+Broken on purpose, each seen red, on the CPU
+
+    NaN dropped by vector code, by scalar code            a_nan_anywhere; nan_inf
+    NaN dropped, or half lost, where lanes are united     a_nan_anywhere, place 8 of a row; most cases
+    the tail of a row lost, one of two chains lost        tail, expanded; relu
+    a tile of rows that forgets the one before            blocks_channels_last
+    the last chunk lost                                   pieces, and whatever has several samples
+    the smallest of a chunk taken for its largest         most cases
+    ends not rounded to what is stored                    bf16, ends_are_rounded
+    a zero with a sign                                    a_zero_has_no_sign
+    ends behind the quantizer                             quant_*
+    ends before the activation, without the residual      relu; *_residual
+
+and in Triton: NaN dropped (a_nan_anywhere), what lies outside a tensor counted (offset), ends not rounded (fp16), a
+zero with a sign (a_zero_has_no_sign). A quantizer that takes the first channel's range for all: tests/test_fuse.py.
+"""
 
 from dataclasses import replace
 

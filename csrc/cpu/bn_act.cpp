@@ -30,7 +30,7 @@ struct Forward {
       if (residual) v = add(v, C(widen(residual[i])));
       bool passing = passes<kAct>(v);
       v = activated<kAct>(v);
-      if constexpr (kEnds) all.range = with(all.range, v);
+      if constexpr (kEnds) all.take(v);
       narrow(v, y[i]);
       if (quantize) {
         const C stored = widen(y[i]);  // rounded to T first, as what fake_quant gets to see
@@ -48,7 +48,7 @@ struct Forward {
 
 #ifdef ZSQ_HAS_AVX2
 
-  ZSQ_AVX2 void eight(int64_t i, int64_t byte, const Channel8& c, Totals8<kEnds>& all) const {
+  ZSQ_AVX2_INLINE void eight(int64_t i, int64_t byte, const Channel8& c, Totals8<kEnds>& all) const {
     const __m256 x = load8(u + i);
     if (y) {
       __m256 v = _mm256_add_ps(_mm256_mul_ps(c.a, x), c.b);
@@ -71,7 +71,7 @@ struct Forward {
     }
   }
 
-  ZSQ_AVX2 void ahead(int64_t i) const {
+  ZSQ_AVX2_INLINE void ahead(int64_t i) const {
     _mm_prefetch(reinterpret_cast<const char*>(u + i), _MM_HINT_T0);
     if (residual) _mm_prefetch(reinterpret_cast<const char*>(residual + i), _MM_HINT_T0);
     if (y) _mm_prefetch(reinterpret_cast<const char*>(y + i), _MM_HINT_T0);

@@ -89,7 +89,7 @@ ZSQ_AVX2 Totals<float, Op::kEnds> row_avx2(Op op, int64_t n, const Channel<float
   }
   for (; i + 8 <= n; i += 8) op.eight(i, i / 8, c, even);
   for (; i < n; ++i) op.one(i, Bit{i / 8, static_cast<int>(i % 8)}, channel, totals);
-  if constexpr (Op::kEnds) totals.range = across8(even.ends, across8(odd.ends, totals.range));
+  if constexpr (Op::kEnds) totals.range = across8(even.ends, odd.ends, totals.ends());
   if (!op.sums) return totals;
   alignas(32) float t[2][8];
   _mm256_store_ps(t[0], _mm256_add_ps(even.first, odd.first));

@@ -42,12 +42,15 @@ ZSQ_AVX2 inline Ends8 ends8_at(const float* lo, const float* hi) {
   return {lo8, _mm256_loadu_ps(hi), _mm256_cmp_ps(lo8, lo8, _CMP_UNORD_Q)};
 }
 
-// `range` widened to eight lanes.
-ZSQ_AVX2 inline Range<float> across8(const Ends8& ends, Range<float> range) {
-  float lo[8], hi[8];
-  put_ends8(ends, lo, hi);
-  for (int k = 0; k < 8; ++k) range = united(range, {lo[k], hi[k]});
-  return range;
+// `range` widened to two times eight lanes.
+ZSQ_AVX2 inline Range<float> across8(const Ends8& a, const Ends8& b, Range<float> range) {
+  if (_mm256_movemask_ps(_mm256_or_ps(a.nan, b.nan))) return {NAN, NAN};
+  const __m256 lo8 = _mm256_min_ps(a.lo, b.lo), hi8 = _mm256_max_ps(a.hi, b.hi);
+  __m128 lo = _mm_min_ps(_mm256_castps256_ps128(lo8), _mm256_extractf128_ps(lo8, 1));
+  __m128 hi = _mm_max_ps(_mm256_castps256_ps128(hi8), _mm256_extractf128_ps(hi8, 1));
+  lo = _mm_min_ps(lo, _mm_movehl_ps(lo, lo)), hi = _mm_max_ps(hi, _mm_movehl_ps(hi, hi));
+  lo = _mm_min_ss(lo, _mm_movehdup_ps(lo)), hi = _mm_max_ss(hi, _mm_movehdup_ps(hi));
+  return united(range, {_mm_cvtss_f32(lo), _mm_cvtss_f32(hi)});
 }
 
 template <class T>
@@ -62,11 +65,7 @@ ZSQ_AVX2 Range<float> range_avx2(const T* x, int64_t n, Range<float> range) {
     lo[1] = _mm256_min_ps(lo[1], b), hi[1] = _mm256_max_ps(hi[1], b);
     nan = _mm256_or_ps(nan, _mm256_cmp_ps(a, b, _CMP_UNORD_Q));
   }
-  float ends[2][8];
-  _mm256_storeu_ps(ends[0], _mm256_min_ps(lo[0], lo[1]));
-  _mm256_storeu_ps(ends[1], _mm256_max_ps(hi[0], hi[1]));
-  if (_mm256_movemask_ps(nan)) ends[0][0] = ends[1][0] = NAN;
-  for (int k = 0; k < 8; ++k) range = united(range, {ends[0][k], ends[1][k]});
+  range = across8({lo[0], hi[0], nan}, {lo[1], hi[1], nan}, range);
   for (; i < n; ++i) range = with(range, widen(x[i]));
   return range;
 }

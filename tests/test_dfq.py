@@ -1,8 +1,8 @@
 """Data-free quantization: rewriting keeps the function, and the formulas are what sampling gives.
 
 Broken on purpose, and red: the folded batch norm's eps forgotten; the shift not divided by the factor; factors of a
-grouped layer in the order of another group; ReLU6 equalised; constants absorbed into a padded layer; the bias corrected
-the other way; the clipped normal's upper bound dropped.
+grouped layer in another order; ReLU6 equalised; constants absorbed into a padded layer; the bias corrected the other
+way; the clipped normal's upper bound dropped.
 """
 
 import copy

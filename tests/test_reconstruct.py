@@ -19,6 +19,7 @@ from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import WeightQuantizer, activation_quantizers, calibrating
 from zsq_ext.quant.prepare import prepare
+from zsq_ext.tune import learn
 from zsq_ext.tune import reconstruct as reconstruct_module
 from zsq_ext.tune.learn import betas
 from zsq_ext.tune.reconstruct import reconstruct
@@ -182,11 +183,14 @@ def test_dropping_everything_teaches_no_activation_step(teacher):
     assert not torch.equal(activation_quantizers(moved)[0].params()[0], grids[1][0])
 
 
-def test_draws_are_fresh_at_every_step_and_belong_to_the_seed(teacher):
-    config = changed(GENIE, iterations=10)
-    one, two_, other = (tuned(teacher, config, seed=seed)[0] for seed in (0, 0, 1))
-    assert same(one, two_)
+def test_draws_are_fresh_at_every_step_and_belong_to_the_seed(teacher, monkeypatch):
+    config, keys, real = changed(GENIE, iterations=10), [], learn.qdrop
+    monkeypatch.setattr(learn, "qdrop", lambda x, x_hat, p, key: (keys.append(key.tolist()), real(x, x_hat, p, key))[1])
+    one, again, other = (tuned(teacher, config, seed=seed)[0] for seed in (0, 0, 1))
+    assert same(one, again)
     assert not same(one, other)
+    assert [offset for _, offset in keys] == 9 * list(range(10))  # three units of three runs read a quantized prefix
+    assert len({key for key, _ in keys}) == 6
 
 
 # What is left behind

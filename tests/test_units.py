@@ -1,7 +1,7 @@
 """The units of reconstruction: together they are the network, and each quantizer belongs to one of them.
 
-Broken on purpose, and red: a unit that ends behind the pooling; the first of two branches taking the addition; sizes
-read from the image; a file that keeps its name.
+Broken on purpose, and red: a unit that ends behind the pooling; the first of two branches taking the addition; height
+and width swapped on the way out; a budget for each tensor instead of all.
 """
 
 import errno

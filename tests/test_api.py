@@ -12,6 +12,7 @@ from recipes import changed
 from torch import nn
 
 import zsq_ext as zsq
+from zsq_ext import methods
 from zsq_ext.core.progress import QUIET, Progress
 from zsq_ext.methods import synq
 from zsq_ext.ops import backend
@@ -222,8 +223,6 @@ def test_preset_and_profile_are_part_of_the_record(model, monkeypatch, tmp_path,
         tuning = replace(config.tune.finetune, epochs=1, steps_per_epoch=2, batch=4)
         generator = QUICK.tune.generator
         return changed(config, **sizes, centre_pixels=centres, generator=generator, finetune=tuning)
-
-    from zsq_ext import methods
 
     monkeypatch.setitem(methods.METHODS, "synq", replace(methods.METHODS["synq"], config=small))
     result = quantize(model, preset="cifar", profile=profile, out=tmp_path / "run")
@@ -598,3 +597,43 @@ def test_input_specs(model):
     ):
         with pytest.raises(ValueError, match=f"^InputSpec: {message}"):
             zsq.InputSpec((3, 8, 8), **more)
+
+
+class Heads(nn.Module):
+    """Two maps of heads, as a detector has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.classes, self.boxes = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        return {"classes": self.classes(x), "boxes": [self.boxes(x)]}
+
+
+def test_a_network_with_heads_and_no_classes():
+    model = Heads().eval()
+    own = methods.get("dgh").config("smoke", "repo")
+    stored = replace(own.images.stored, batch=4, iterations=2, border=2)
+    recipe = replace(own, images=replace(own.images, images=4, held_out=2, stored=stored))
+    given = {"input_shape": (3, 8, 8), "config": recipe, "tune": "none", "w_bits": 8, "a_bits": 8, "progress": QUIET}
+    result = zsq.quantize(model, "dgh", **given)
+    assert result.labels is None
+    assert result.quality.outputs_db.keys() == {"classes", "boxes.0"}
+    assert "outputs at least" in repr(result)
+    assert result.figures.layers
+    assert result.figures.logit_ranges == ()
+    heads, expected = result.model(result.images), model(result.images)
+    assert torch.allclose(heads["boxes"][0], expected["boxes"][0], atol=0.1)
+    for more, message in (
+        ({"num_classes": 6}, "num_classes must be left out for a model that is no classifier, got 6"),
+        ({"test": list}, "test must be left out for a network that is no classifier"),
+        ({"tune": "qat"}, r"model must be a classifier, with one output \(N, K\), for fine-tuning"),
+    ):
+        with pytest.raises(ValueError, match=f"^quantize: {message}"):
+            zsq.quantize(model, "dgh", **{**given, **more})
+    with pytest.raises(ValueError, match=r"^quantize: model must be a classifier, .* for images with labels"):
+        zsq.quantize(model, "synq", w_bits=8, a_bits=8, input_shape=(3, 8, 8), progress=QUIET)
+    with pytest.raises(ValueError, match=r"^evaluate: model must be a classifier that returns logits .*, got dict"):
+        zsq.evaluate(model, [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))])

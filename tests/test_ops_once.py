@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from zsq_ext import ops
 
@@ -59,3 +60,26 @@ def test_the_straight_through_gradients_have_a_gradient(grad):
     y = ops.fake_quant(x, STEP, ZERO, -8, 7, grad=grad)
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     assert torch.equal(torch.autograd.grad(first.sum(), x)[0], torch.full((2,), 2.0))
+
+
+CHECKPOINTED = {
+    **OPS,
+    "lsq_plus": lambda x: ops.fake_quant(x, STEP.clone().requires_grad_(), torch.zeros(1), -8, 7, grad="lsq_plus"),
+    "ste": lambda x: ops.fake_quant(x, STEP, ZERO, -8, 7, grad="ste"),
+    "bn_act with a shortcut": lambda x: sum(
+        ops.bn_act(x, torch.zeros(4), torch.ones(4), None, None, 1e-5, residual=x * 2, act="relu", stats="batch")[:1]
+    ),
+    "channel_sums": lambda x: ops.channel_sums(x, torch.zeros(4))[1],
+    "distill_head": lambda x: ops.distill_head(x, x.detach() + 1, torch.tensor([0, 1, 2])).kd,
+    "cam_map": lambda x: ops.cam_map(x.view(1, 3, 2, 2), torch.ones(1, 3)),
+}
+
+
+@pytest.mark.parametrize("op", CHECKPOINTED)
+def test_checkpointing_recomputes_to_the_same_gradient(op):
+    """Non-reentrant checkpointing lets a backward ask for its saved tensors once."""
+    x = torch.randn(3, 4, requires_grad=True)
+    run = CHECKPOINTED[op]
+    (expected,) = torch.autograd.grad(run(x).square().sum(), x)
+    again = checkpoint(run, x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again.square().sum(), x)[0], expected)

@@ -109,7 +109,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
 
     Raises:
         TypeError: a batch is not a pair of tensors.
-        ValueError: there is no image, or a batch does not have one label per image.
+        ValueError: there is no image, a batch does not have one label per image, or the model is no classifier.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"evaluate: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -123,8 +123,11 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     try:
         for batch in batches:
             images, labels = pair_of(batch)
-            images = images.to(device, memory_format=torch.channels_last)
-            right += int((model(images).argmax(1) == labels.to(device)).sum())
+            logits = model(images.to(device, memory_format=torch.channels_last))
+            if not isinstance(logits, Tensor) or logits.ndim != 2:
+                got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(f"evaluate: model must be a classifier that returns logits (N, K), got {got}")
+            right += int((logits.argmax(1) == labels.to(device)).sum())
             total += len(labels)
     finally:
         for layer, training in modes:

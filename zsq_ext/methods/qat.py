@@ -63,6 +63,8 @@ class Qat:
             filtered = replace(images, images=filter_once(images.images))
         student = prepare(job.teacher, job.qconfig)  # line 3: round the teacher to the bits that are asked for
         ranges = self.calibrate(job, student, filtered.images)
+        if self.finetune.epochs == 0:
+            return Outcome(student, images, {**ranges, "tuning": []}, [], epochs=0)
         tuned = self.tune(job, student, filtered)  # lines 4-9: KD + CE on easy samples + CAM alignment (eq. 6)
         return Outcome(student, images, {**ranges, "tuning": tuned.history}, tuned.evaluations, self.finetune.epochs)
 

@@ -83,8 +83,8 @@ class _AdaRound(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("adaround")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        beta, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Tensor) -> tuple[Tensor | None, ...]:
+        beta, *tensors = saved
         n = len(tensors) // 4
         need_scale = any(ctx.needs_input_grad[4 + 2 * n : 4 + 3 * n])
         grad_reg = None if beta is None else grads[n]

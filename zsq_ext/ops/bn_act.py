@@ -90,7 +90,8 @@ class _BnAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *grad_rest: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, residual, mask, *norm, scale, zero_point = ctx.saved_tensors
+        saved = ctx.saved_tensors  # checkpointing lets them be asked for once
+        u, residual, mask, *norm, scale, zero_point = saved
         eps, act, rest, stats = ctx.rest
         need_u, need_residual, _, _, _, _, need_gamma, need_beta, *others = ctx.needs_input_grad
         grads = grad_y, *((None, None) if stats is None else pair(*grad_rest[:2]))
@@ -99,7 +100,7 @@ class _BnAct(torch.autograd.Function):
             passed = need_residual and mask is None and act == "none"  # what passes everywhere needs no writing again
             needs = need_u, need_residual and not passed, need_gamma or need_beta
             args = u, residual, mask, *grads, *needs, *norm, eps, act, scale, zero_point, *rest
-            found = once("bn_act", lambda: _backward(*args), *grads, *ctx.saved_tensors)
+            found = once("bn_act", lambda: _backward(*args), *grads, *saved)
             du = found[0] if need_u else None
             if grad_y is not None:
                 dr = grad_y if passed else found[1] if need_residual else None

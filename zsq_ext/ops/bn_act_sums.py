@@ -51,8 +51,10 @@ class _ChannelSums(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("channel_sums")
-    def backward(ctx: Any, grad_s1: Tensor | None, grad_s2: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, mean = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], grad_s1: Tensor | None, grad_s2: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        u, mean = saved
         grad_s1, grad_s2 = pair(grad_s1, grad_s2)
         if grad_s1 is None:
             return None, None, None

@@ -103,8 +103,8 @@ class _Lsq(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("fake_quant")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dscale, dzero_point = _op_lsq_backward(grad, *ctx.saved_tensors, *ctx.range)
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dscale, dzero_point = _op_lsq_backward(grad, *saved, *ctx.range)
         if ctx.grad_scale != 1:
             dscale, dzero_point = dscale * ctx.grad_scale, dzero_point * ctx.grad_scale
         return dx, dscale, dzero_point if ctx.needs_input_grad[2] else None, None, None, None, None

@@ -107,9 +107,9 @@ class _Lsq(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("fake_quant_many")
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found: list[list[Tensor | None]] = [[None] * len(grads) for _ in range(3)]
-        wanted, tensors = _thirds(ctx.needs_input_grad[2:]), _thirds(ctx.saved_tensors)
+        wanted, tensors = _thirds(ctx.needs_input_grad[2:]), _thirds(saved)
         live = [k for k, grad in enumerate(grads) if grad is not None]
         moved = [k for k in live if wanted[0][k]]
         learned = [k for k in live if wanted[1][k] or wanted[2][k]]

@@ -64,8 +64,8 @@ class _SteClip(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("fake_quant_minmax")
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        scale, zero_point, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        scale, zero_point, *tensors = saved
         grids = zip(*_per_tensor(tensors, ctx.how.axes, scale, zero_point), strict=True)
         found: list[Tensor | None] = []
         for grad, t, (s, z), b, axis in zip(grads[:-2], tensors, grids, ctx.how.bits, ctx.how.axes, strict=True):

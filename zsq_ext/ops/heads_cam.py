@@ -41,8 +41,8 @@ class _CamMap(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("cam_map")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _op_map_backward(*ctx.saved_tensors, grad, ctx.floor), None, None
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _op_map_backward(*saved, grad, ctx.floor), None, None
 
 
 def _check_activation(op: str, name: str, x: Tensor) -> None:

@@ -86,12 +86,14 @@ class _DistillHead(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("distill_head")
-    def backward(ctx: Any, grad_kd: Tensor | None, grad_ce: Tensor | None, *counts: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], grad_kd: Tensor | None, grad_ce: Tensor | None, *counts: Any
+    ) -> tuple[Tensor | None, ...]:
         if grad_kd is None and grad_ce is None:
             return (None,) * 10
         need_student, need_teacher = ctx.needs_input_grad[:2]
         need_teacher = need_teacher and grad_kd is not None
-        ds, dt = _op_backward(*ctx.saved_tensors, grad_kd, grad_ce, *ctx.rest, need_student, need_teacher)
+        ds, dt = _op_backward(*saved, grad_kd, grad_ce, *ctx.rest, need_student, need_teacher)
         return ds if need_student else None, dt if need_teacher else None, *(None,) * 8
 
 

@@ -33,6 +33,8 @@ def once(op: str, run: Callable[[], Any], *tensors: Tensor | None) -> Any:
 def differentiable_once(op: str) -> Callable[[Backward], Backward]:
     """Marks the backward of an autograd.Function: no gradient of the gradient, and an error rather than none.
 
+    The backward is given the saved tensors behind ctx, because checkpointing lets them be asked for once.
+
     torch's own `once_differentiable` refuses only where the gradient is asked for alone. Beside other terms, or where
     an unused input is allowed, what is missing counts as 0 there.
     """
@@ -40,7 +42,8 @@ def differentiable_once(op: str) -> Callable[[Backward], Backward]:
     def marked(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return once(op, lambda: backward(ctx, *grads), *grads, *ctx.saved_tensors)
+            saved = ctx.saved_tensors
+            return once(op, lambda: backward(ctx, saved, *grads), *grads, *saved)
 
         return run
 

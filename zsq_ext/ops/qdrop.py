@@ -42,9 +42,9 @@ class _QDrop(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("qdrop")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_x_hat, *_ = ctx.needs_input_grad
-        dx, dx_hat = _op_backward(grad, ctx.threshold, *ctx.saved_tensors, need_x, need_x_hat)
+        dx, dx_hat = _op_backward(grad, ctx.threshold, *saved, need_x, need_x_hat)
         return dx if need_x else None, dx_hat if need_x_hat else None, None, None
 
 

@@ -17,7 +17,7 @@ from zsq_ext import methods
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.rng import stream
 from zsq_ext.core.spec import InputSpec
-from zsq_ext.methods.job import Images, hold_out
+from zsq_ext.methods.job import Images, hold_out, predictions
 from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.ops import backend
@@ -203,8 +203,7 @@ def given_images(
     _check_images(images, labels, spec)
     images = images.detach().to(device)
     if labels is None and spec.num_classes is not None:
-        with torch.no_grad():
-            labels = torch.cat([teacher(chunk).argmax(1) for chunk in images.split(256)])
+        labels = predictions(teacher, images)
     # at random, because data sets often come sorted by label
     order = torch.randperm(len(images), generator=stream(seed, "held out")).to(device)
     labels = None if labels is None else labels.to(device)[order]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from zsq_ext.core.check import require
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.core.steps import Terms
-from zsq_ext.methods.job import Images, Job, hold_out
+from zsq_ext.methods.job import Images, Job, hold_out, predictions
 from zsq_ext.methods.ptq import reconstruction
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.quant.graph import batch_norms
@@ -85,12 +84,6 @@ class DghImages:
             return {"bns": bns, "output": self.output * stretch}
 
         return objective
-
-
-@torch.no_grad()
-def predictions(module: fx.GraphModule, images: Tensor, batch: int) -> Tensor:
-    """The class that a classifier finds in every image, (N,) int64."""
-    return torch.cat([module(chunk).argmax(1) for chunk in images.split(batch)])
 
 
 def config(preset: str, profile: str) -> Recipe:

@@ -96,3 +96,9 @@ def hold_out(images: Tensor, labels: Tensor | None, count: int, history: list[di
     cut = len(images) - count
     known, others = (None, None) if labels is None else (labels[:cut], labels[cut:])
     return Images(images[:cut], known, images[cut:], others, history or [])
+
+
+@torch.no_grad()
+def predictions(classifier: fx.GraphModule, images: Tensor, batch: int = 256) -> Tensor:
+    """The class that a classifier finds in every image, (N,) int64, read ``batch`` at a time."""
+    return torch.cat([classifier(chunk).argmax(1) for chunk in images.split(batch)])

@@ -32,8 +32,8 @@ from zsq_ext.quant.graph import (
     through_quantizer,
     upper_bound,
 )
+from zsq_ext.quant.regions import regions
 from zsq_ext.quant.sites import weights
-from zsq_ext.quant.units import units
 
 GLOBAL_POOLS = {aten.adaptive_avg_pool2d.default, aten.mean.dim, aten.avg_pool2d.default}
 JOINS = {aten.cat.default, aten.stack.default}
@@ -120,8 +120,8 @@ def blocks(module: fx.GraphModule) -> list[Block]:
     for piece in _linear_bottlenecks(pieces):
         add(entry, piece)
         entry = piece[-1]
-    for unit in units(rest):
-        add(unit.entry, unit.nodes)
+    for region in regions(rest):
+        add(region.entry, region.nodes)
     return found
 
 

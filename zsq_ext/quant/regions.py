@@ -17,7 +17,7 @@ _JOINS = ADDITIONS | {aten.cat.default}
 
 
 @dataclass(frozen=True)
-class Unit:
+class Region:
     """A closed region: it reads ``entry`` and is read by others at ``exit`` alone; ``nodes`` in execution order."""
 
     entry: fx.Node
@@ -25,7 +25,7 @@ class Unit:
     nodes: tuple[fx.Node, ...]
 
 
-def units(piece: list[fx.Node]) -> list[Unit]:
+def regions(piece: list[fx.Node]) -> list[Region]:
     """Residual units, and single layers where there is none; both with the batch norm and activation that follow.
 
     A unit ends in an addition (or concatenation) and begins where its branches part; it holds no other unit, so what
@@ -40,7 +40,7 @@ def units(piece: list[fx.Node]) -> list[Unit]:
     fixed |= {node for node in piece if not _sources(node, fixed)}  # sizes, and what is made of them alone
     order = {node: i for i, node in enumerate(piece)}
     origin = _origins(piece, fixed)
-    found: list[Unit] = []
+    found: list[Region] = []
     taken: set[fx.Node] = set()
     for node in piece:
         if node.target in _JOINS and len(set(_sources(node, fixed))) > 1:
@@ -48,16 +48,16 @@ def units(piece: list[fx.Node]) -> list[Unit]:
             if nodes and taken.isdisjoint(nodes) and _closed(nodes, node) and _layers(nodes):
                 nodes |= _with_what_follows(node)
                 taken |= nodes
-                found.append(_unit(origin[node], nodes, order))
+                found.append(_region(origin[node], nodes, order))
     for node in piece:
         if node.op == "call_function" and node.target in LAYERS and node not in taken:
-            found.append(_unit(node.args[0], _with_what_follows(node), order))
+            found.append(_region(node.args[0], _with_what_follows(node), order))
     return sorted(found, key=lambda unit: order[unit.exit])
 
 
-def _unit(entry: fx.Node, nodes: set[fx.Node], order: dict[fx.Node, int]) -> Unit:
+def _region(entry: fx.Node, nodes: set[fx.Node], order: dict[fx.Node, int]) -> Region:
     inside = tuple(sorted(nodes, key=order.__getitem__))
-    return Unit(entry, inside[-1], inside)
+    return Region(entry, inside[-1], inside)
 
 
 def _sources(node: fx.Node, fixed: set[fx.Node]) -> list[fx.Node]:

@@ -100,7 +100,7 @@ DGH_VARIANTS = (
 )
 DGH_ABLATIONS = (
     Variant("DGH, statistics of each batch", "dgh", change=with_images(granularity="batch")),
-    Variant("DGH - smoothing", "dgh", change=with_images(sigma=None)),
+    Variant("DGH, smoothed as at 224 px", "dgh", change=with_images(sigma=1.25)),
     Variant("DGH - stretching", "dgh", change=with_images(output=0.0)),
 )
 

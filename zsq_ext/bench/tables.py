@@ -115,7 +115,7 @@ class Plan:
     seeds: int
 
 
-W4A4, W3A3, W4, W3 = (4, 4), (3, 3), (4, None), (3, None)
+W4A4, W3A3, W3 = (4, 4), (3, 3), (3, None)
 
 TABLES = {
     "synq": (
@@ -124,8 +124,8 @@ TABLES = {
         Plan("mobilenet_small", VARIANTS, (W4A4, W3A3), 5),
     ),
     "dgh": (
-        Plan("resnet20", DGH_VARIANTS, (W4A4, W3A3, W4, W3), 5),
-        Plan("resnet20", DGH_ABLATIONS, (W4A4, W3A3), 5),
+        Plan("resnet20", DGH_VARIANTS, (W4A4, W3A3, W3), 5),
+        Plan("resnet20", DGH_ABLATIONS, (W3A3,), 5),
         Plan("mobilenet_small", DGH_VARIANTS, (W4A4, W3A3), 3),
     ),
 }

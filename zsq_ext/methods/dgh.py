@@ -103,8 +103,8 @@ _IMAGENET = DghImages()
 # removes the octave that a small image lives by (benchmarks/accuracy).
 _CIFAR = replace(_IMAGENET, stored=StoredConfig(border=4, sigma=None))
 
-# Ours: 75 s on one idle core for the embedded ResNet-20. Chosen on its validation stream: with 60, 120 and 200 iterations
-# (patience 2, 3, 4) W3A3 came to 64.2, 72.7 and 83.8 %, real images to 84.8, Gaussian noise to 69.7.
+# Ours: 75 s on one idle core for the embedded ResNet-20. Chosen on its validation stream: with 60, 120 and 200
+# iterations (patience 2, 3, 4) W3A3 came to 64.2, 72.7 and 83.8 %, real images to 84.8, Gaussian noise to 69.7.
 _SMOKE = replace(_CIFAR, images=256, held_out=64, stored=replace(_CIFAR.stored, batch=160, iterations=200, patience=4))
 
 _PRESETS = {"smoke": _SMOKE, "cifar": _CIFAR, "imagenet": _IMAGENET}

@@ -113,9 +113,10 @@ class Plan:
     variants: tuple[Variant, ...]
     bits: tuple[tuple[int, int | None], ...]
     seeds: int
+    task: str = "textured_shapes"
 
 
-W4A4, W3A3, W3 = (4, 4), (3, 3), (3, None)
+W4A4, W3A3, W3, W8A8, W4A8 = (4, 4), (3, 3), (3, None), (8, 8), (4, 8)
 
 TABLES = {
     "synq": (
@@ -128,5 +129,6 @@ TABLES = {
         Plan("resnet20", DGH_ABLATIONS, (W3A3,), 5),
         Plan("mobilenet_small", DGH_VARIANTS, (W4A4, W3A3), 3),
     ),
+    "detection": (Plan("fpn_small", DGH_VARIANTS, (W8A8, W4A8), 3, "shape_scenes"),),
 }
-"""The plans of a table by the method it is about; the differences are taken to that method and its controls."""
+"""The plans of a table by what it is about; differences are taken to the first plan's first three variants."""

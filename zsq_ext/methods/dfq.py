@@ -18,7 +18,7 @@ from zsq_ext.methods.job import Images, Job, Outcome
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import plan
-from zsq_ext.tune.dfq import DfqConfig, check_ranges, dfq
+from zsq_ext.tune.dfq import DfqConfig, check_ranges, dfq, rewrite
 
 RANGES = ("batch_norms", "images")
 
@@ -40,6 +40,10 @@ class Dfq:
         for name in ("batch", "batches"):
             require("Dfq", name, getattr(self, name), getattr(self, name) >= 1, "be at least 1")
 
+    @property
+    def title(self) -> str:
+        return "weights equalised, biases corrected"
+
     def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool = False) -> None:
         """Refuses what cannot be run, before any work begins.
 
@@ -51,15 +55,23 @@ class Dfq:
             check_ranges(teacher, qconfig)
 
     def run(self, job: Job, images: Images) -> Outcome:
-        """Rewrites and quantizes; the images serve the ranges, if that is asked for."""
-        self.check(job.teacher, job.spec, job.qconfig)
+        """Rewrites and quantizes; images serve the ranges, if that is asked for, and otherwise only to judge by."""
         shown: tuple[Tensor, ...] = ()
         if self.ranges == "images":
             first = images.images[: self.batch * self.batches]
             shown = tuple(b.contiguous(memory_format=torch.channels_last) for b in first.split(self.batch))
-        student = dfq(job.teacher, job.qconfig, self.config, images=shown, image_range=image_range(job.spec))
-        evaluations = [] if job.evaluate is None else [{"epoch": 0, **job.evaluate(student)}]
-        return Outcome(student, images, {}, evaluations, epochs=0)
+        else:
+            images = images.unused()
+        rewritten = rewrite(job.teacher, self.config)
+        student = dfq(
+            job.teacher,
+            job.qconfig,
+            self.config,
+            images=shown,
+            image_range=image_range(job.spec),
+            rewritten=rewritten,
+        )
+        return Outcome(student, images, {}, reference=rewritten.network)
 
 
 def config(preset: str, profile: str) -> Recipe:

@@ -13,7 +13,9 @@ from zsq_ext.methods.job import Images, Job, Outcome
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import plan, prepare
 from zsq_ext.tune.reconstruct import reconstruct
-from zsq_ext.tune.reconstruct_config import ReconstructConfig, reconstruct_config
+from zsq_ext.tune.reconstruct_config import ADAROUND, BRECQ, GENIE_M, ReconstructConfig, reconstruct_config
+
+PUBLISHED = {"BRECQ": BRECQ, "Genie-M": GENIE_M, "AdaRound": ADAROUND}
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,13 @@ class Reconstruction:
     w_range: ClassVar[str] = "lp"
 
     config: ReconstructConfig = field(default_factory=ReconstructConfig)
+
+    @property
+    def title(self) -> str:
+        """Such as ``"block reconstruction (BRECQ)"``; lengths and rates do not change the name."""
+        own = self.config.granularity, self.config.joint
+        names = [name for name, kind in PUBLISHED.items() if (kind.granularity, kind.joint) == own]
+        return f"{self.config.granularity} reconstruction" + "".join(f" ({name})" for name in names)
 
     def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool = False) -> None:
         """Refuses what cannot be run, before any work begins.
@@ -36,11 +45,9 @@ class Reconstruction:
 
     def run(self, job: Job, images: Images) -> Outcome:
         """Prepares the student and reconstructs it unit by unit."""
-        self.check(job.teacher, job.spec, job.qconfig)
         student = prepare(job.teacher, job.qconfig)
         found = reconstruct(job.stage("reconstruct"), job.teacher, student, images.images, self.config)
-        evaluations = [] if job.evaluate is None else [{"epoch": 1, **job.evaluate(student)}]
-        return Outcome(student, images, {"tuning": found.history, "blocks": found.blocks}, evaluations, epochs=1)
+        return Outcome(student, images, {"tuning": found.history, "blocks": found.blocks})
 
 
 def reconstruction(kind: str, preset: str) -> Reconstruction:

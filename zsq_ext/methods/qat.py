@@ -47,6 +47,10 @@ class Qat:
         require("Qat", "range_steps", self.range_steps, self.range_steps >= 1, "be at least 1")
         require("Qat", "range_batch", self.range_batch, self.range_batch >= 1, "be at least 1")
 
+    @property
+    def title(self) -> str:
+        return "fine-tuning" if self.finetune.epochs > 0 else "ranges alone"
+
     def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool) -> None:
         if self.finetune.epochs > 0 or self.ranges == "generator":
             require_classes("fine-tuning by distillation (tune='qat')", spec)
@@ -64,7 +68,7 @@ class Qat:
         student = prepare(job.teacher, job.qconfig)  # line 3: round the teacher to the bits that are asked for
         ranges = self.calibrate(job, student, filtered.images)
         if self.finetune.epochs == 0:
-            return Outcome(student, images, {**ranges, "tuning": []}, [], epochs=0)
+            return Outcome(student, images, {**ranges, "tuning": []})
         tuned = self.tune(job, student, filtered)  # lines 4-9: KD + CE on easy samples + CAM alignment (eq. 6)
         return Outcome(student, images, {**ranges, "tuning": tuned.history}, tuned.evaluations, self.finetune.epochs)
 

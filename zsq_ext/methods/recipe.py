@@ -42,6 +42,10 @@ class Tuning(Protocol):
     a_range: ClassVar[str]
     w_range: ClassVar[str]
 
+    @property
+    def title(self) -> str:
+        """What it does to the network, in words for a report."""
+
     def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool) -> None:
         """Raises ValueError for what cannot work, before any work begins. ``given``: the images are the user's."""
 

@@ -62,7 +62,7 @@ def finetune(
         loss: terms of one batch.
         config: length, batch size, learning rate.
         filter_batch: applied to every batch after augmentation (SynQ's released low-pass).
-        evaluate: called after every epoch, gives a record with at least {"top1": percent}; it decides nothing.
+        evaluate: called after every epoch, gives a record such as {"top1": percent}; it decides nothing.
 
     Returns:
         The loss history and the evaluations [{"step": n, "epoch": n, "top1": percent, ...}].
@@ -105,4 +105,4 @@ def finetune(
         after=after_epoch,
     )
     sgd.end()
-    return Tuned([row for row in history if "top1" not in row], [row for row in history if "top1" in row])
+    return Tuned([row for row in history if "epoch" not in row], [row for row in history if "epoch" in row])

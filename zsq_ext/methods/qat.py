@@ -14,6 +14,7 @@ from zsq_ext.core.rng import stream
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.images import require_classes
 from zsq_ext.methods.job import Images, Job, Outcome
+from zsq_ext.methods.recipe import ImageSource, images_of
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.modules import RangeTrace, activation_quantizers, calibrating
@@ -51,16 +52,17 @@ class Qat:
     def title(self) -> str:
         return "fine-tuning" if self.finetune.epochs > 0 else "ranges alone"
 
-    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool) -> None:
+    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, source: ImageSource | None) -> None:
         if self.finetune.epochs > 0 or self.ranges == "generator":
             require_classes("fine-tuning by distillation (tune='qat')", spec)
-        if self.ranges == "generator" and qconfig.a_bits is not None and not given:
+        if self.ranges == "generator" and qconfig.a_bits is not None and source is not None:
             Generator.check(spec.shape)
         if self.finetune.epochs > 0:
             Distiller(teacher, teacher, self.distill)
 
-    def run(self, job: Job, images: Images) -> Outcome:
+    def run(self, job: Job, source: ImageSource) -> Outcome:
         """SynQ's Algorithm 1 from line 2 on; without its ideas, the lineage's."""
+        images = images_of(job, source)
         filtered = images
         filter_once = self.low_pass(job, "once")
         if filter_once is not None:  # line 2, the first idea; the released code filters every batch instead

@@ -13,6 +13,7 @@ from zsq_ext.core.progress import QUIET, Progress
 SUITES = {
     "families": "zsq_ext.bench.families:rows",
     "steps": "zsq_ext.bench.steps:rows",
+    "generator": "zsq_ext.bench.generator:rows",
 }
 
 

@@ -45,7 +45,9 @@ def env(json: Json = None) -> None:
 
 
 def bench(
-    suite: Annotated[str, typer.Option(help="families, the ops; or steps, one step of each engine.")] = "families",
+    suite: Annotated[
+        str, typer.Option(help="families, the ops; steps, one step of each engine; or generator, images and gradients.")
+    ] = "families",
     only: Annotated[
         str | None, typer.Option(help="One family of ops, such as heads, or one op; a wrong name lists them.")
     ] = None,

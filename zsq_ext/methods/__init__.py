@@ -21,7 +21,7 @@ class Method:
     """A method as the front door sees it.
 
     ``profiles`` are the variants where sources differ, the default first; ``placement`` and ``edge_bits`` are where and
-    how finely it quantizes unless told otherwise.
+    how finely it quantizes unless told otherwise. ``makes_images`` unless it does without.
     """
 
     summary: str
@@ -29,13 +29,14 @@ class Method:
     profiles: tuple[str, ...] = ("repo",)
     placement: str = "after_relu"
     edge_bits: int | None = None
+    makes_images: bool = True
 
 
 METHODS = {
     "synq": Method("SynQ, ICLR 2025", synq.config, profiles=("repo", "paper")),
     "hast": Method("HAST, CVPR 2023: SynQ's pipeline without its three ideas", hast.config),
     "dgh": Method("DGH, WACV 2025", dgh.config, profiles=dgh.PROFILES, placement="all_layers"),
-    "dfq": Method("DFQ, ICCV 2019: weights rewritten, no images", dfq.config),
+    "dfq": Method("DFQ, ICCV 2019: weights rewritten, no images", dfq.config, makes_images=False),
     "minmax": Method("control: ranges from synthetic images, nothing tuned", controls.minmax),
     "noise": Method("control: tuned on Gaussian noise", controls.noise),
 }

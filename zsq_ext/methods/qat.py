@@ -24,7 +24,8 @@ from zsq_ext.synth.generate import GeneratorConfig, GeneratorTrainer, train_gene
 from zsq_ext.synth.teacher import Teacher
 from zsq_ext.tune.distill import DistillConfig, Distiller
 from zsq_ext.tune.finetune import TuneConfig, Tuned, finetune
-from zsq_ext.tune.ideas import LowPass
+from zsq_ext.tune.ideas import Agm, LowPass, Mix
+from zsq_ext.tune.mix import Mixer
 
 RANGES = ("generator", "images")
 
@@ -60,6 +61,8 @@ class Qat:
             require_classes("fine-tuning by distillation (tune='qat')", spec)
         if self.ranges == "generator" and qconfig.a_bits is not None and source is not None:
             self.generator.check(spec.shape, otherwise="; ranges='images' takes any")
+        if self.distill.find(Agm) is not None:
+            raise ValueError("quantize: ideas must not hold Agm where images stand still: it moves a generator")
         if self.finetune.epochs > 0:
             Distiller(teacher, teacher, self.distill)
 
@@ -133,13 +136,16 @@ class Qat:
 
     def tune(self, job: Job, student: fx.GraphModule, images: Images) -> Tuned:
         """The student learns the teacher's answers on the images."""
+        stage, loss = job.stage("tuning"), Distiller(job.teacher, student, self.distill)
+        mix = self.distill.find(Mix)
         return finetune(
-            job.stage("tuning"),
+            stage,
             student,
             images.images,
             images.the_labels(),
-            Distiller(job.teacher, student, self.distill),
+            loss,
             self.finetune,
             filter_batch=self.low_pass(job, "step"),
+            mix=None if mix is None else Mixer(mix, stage, loss.ask),
             evaluate=job.evaluate,
         )

@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from zsq_ext.core.check import require
 from zsq_ext.core.steps import Stage, State, Terms, run_steps
 from zsq_ext.synth.augment import random_resized_crop_flip
+from zsq_ext.tune.mix import Labels
 from zsq_ext.tune.sgd import Sgd, SgdConfig
 
-Loss = Callable[[Tensor, Tensor], Terms]
-"""From a batch (images, labels) to weighted loss terms."""
+Loss = Callable[[Tensor, Any], Terms]
+"""From a batch (images, labels) to weighted loss terms; the labels are `Labels` where batches are mixed."""
 
 ADVICE = "Try a lower learning rate (tune.lr), more bits, or longer range calibration."
 
@@ -50,6 +51,7 @@ def finetune(
     config: TuneConfig,
     *,
     filter_batch: Callable[[Tensor], Tensor] | None = None,
+    mix: Callable[[int, Tensor, Tensor], tuple[Tensor, Labels]] | None = None,
     evaluate: Callable[[fx.GraphModule], dict[str, Any]] | None = None,
 ) -> Tuned:
     """Trains all parameters of the student in place; batch-norm statistics and activation ranges stand still.
@@ -62,6 +64,7 @@ def finetune(
         loss: terms of one batch.
         config: length, batch size, learning rate.
         filter_batch: applied to every batch after augmentation (SynQ's released low-pass).
+        mix: makes the batch that a step is trained on, from its number, images and labels; last before the loss.
         evaluate: called after every epoch, gives a record such as {"top1": percent}; it decides nothing.
 
     Returns:
@@ -82,11 +85,14 @@ def finetune(
     def step(n: int) -> Terms:
         epoch = n // config.steps_per_epoch
         chosen = order_of(n // per_pass)[(n % per_pass) * batch :][:batch]
-        x, y = images[chosen], labels[chosen]
+        x, own = images[chosen], labels[chosen]
         if config.crop_scale is not None:
             x = random_resized_crop_flip(x, stage.stream("crop", n, device), config.crop_scale)
         if filter_batch is not None:
             x = filter_batch(x)
+        y: Labels = own
+        if mix is not None:
+            x, y = mix(n, x, own)
         terms = loss(x.contiguous(memory_format=torch.channels_last), y)
         sgd.step(terms, epoch)
         return terms

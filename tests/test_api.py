@@ -17,7 +17,7 @@ from zsq_ext.core.progress import QUIET, Progress
 from zsq_ext.methods import synq
 from zsq_ext.ops import backend
 from zsq_ext.quant.modules import activation_quantizers
-from zsq_ext.synth.generator import GeneratorConfig
+from zsq_ext.synth.generate import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
 from zsq_ext.tune.finetune import TuneConfig
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, SoftLabels
@@ -27,7 +27,8 @@ QUICK = changed(
     images=8,
     held_out=4,
     pixels=PixelConfig(batch=6, iterations=5, lr=0.2),
-    generator=GeneratorConfig(steps=3, batch=4),
+    generator=GeneratorConfig(batch=4),
+    generator_steps=3,
     range_steps=3,
     range_batch=4,
     finetune=TuneConfig(epochs=2, steps_per_epoch=2, batch=4, lr=1e-5),

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import subprocess
 import sys
 import types
 from xml.etree import ElementTree
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from zsq_ext import bench
-from zsq_ext.bench import compare, fake_quant, families, image, roofline, steps, timing
+from zsq_ext.bench import compare, fake_quant, families, generator, image, roofline, steps, timing
 from zsq_ext.core.progress import QUIET
 from zsq_ext.ops.backend import choice
 from zsq_ext.ops.cases import adaround as cases_adaround
@@ -267,6 +268,13 @@ def test_steps_of_a_network(quick):
     assert header[-2:] == ["outside convolutions", "times as fast as"]
     assert all(len(line) == len(header) for line in cells)
     assert "reference" in cells[1][-1]
+    assert "outside convolutions:" in bench.legend({"rows": rows})
+
+
+def test_the_profiler_says_nothing_of_itself():
+    code = "import torch; from zsq_ext.bench import timing; print(timing.peak_mb(lambda: torch.ones(1 << 18), 'cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("1.0\n", "")
 
 
 def test_families_have_no_column_for_convolutions():
@@ -275,10 +283,40 @@ def test_families_have_no_column_for_convolutions():
     header, cells = bench.lines({"rows": [row]})
     assert header[-2:] == ["% of floor", "times as fast as"]
     assert cells[-2:] == ["50", "eager 3.00x"]
+    legend = bench.legend({"rows": [row]})
+    assert all(f"{column}:" in legend for column in ("ms", "p10-p90", "% of floor", "times as fast as"))
+    assert "outside convolutions" not in legend
+
+
+def test_generators_beside_their_plain_form(quick, monkeypatch):
+    monkeypatch.setattr(generator, "CASES", [("embedding", 8, 3, 2), ("conditional", 8, 3, 2)])
+    rows = generator.rows(QUIET)
+    assert [(row["case"], row["pass"]) for row in rows] == [
+        (f"{kind} 8 px B=2", pass_)
+        for kind in ("embedding", "conditional")
+        for pass_ in ("forward", "forward+backward")
+    ]
+    for row in rows:
+        # two convolutions of a small map, a third one and a linear layer; backward twice that, but not to bare noise
+        taps = 128 * 2 * 2 * 128 + 64 * 4 * 4 * 128
+        linear, last = 128 * 2 * 2 * 100, 64 * 8 * 8 * 9 * 3
+        for name, many in (("flops", 16), ("flops_plain", 36)):
+            forward = 2 * 2 * (many * taps + last + linear)
+            both = 3 * forward - (2 * 2 * linear if "conditional" in row["case"] else 0)
+            assert row[name] == (forward if row["pass"] == "forward" else both)
+        assert set(row["peers"]) == {"plain"}
+        assert row["peak_mb"] > 0
+
+
+def test_a_generator_that_differs_is_not_timed(quick, monkeypatch):
+    monkeypatch.setattr(generator, "CASES", [("embedding", 8, 3, 2)])
+    monkeypatch.setattr(generator.Generator, "SLOPE", property(lambda self: 0.5 if self.up1.plain else 0.2))
+    with pytest.raises(RuntimeError, match="differs from the reference; not timed"):
+        generator.rows(QUIET)
 
 
 def test_suites_have_names():
-    with pytest.raises(ValueError, match="suite must be one of families, steps, got 'nothing'"):
+    with pytest.raises(ValueError, match="suite must be one of families, steps, generator, got 'nothing'"):
         bench.run("nothing")
 
 

@@ -22,7 +22,7 @@ from zsq_ext.methods.recipe import Recipe
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import activation_quantizers
 from zsq_ext.synth.filters import LowPass as LowPassFilter
-from zsq_ext.synth.generator import GeneratorConfig
+from zsq_ext.synth.generate import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
 from zsq_ext.tune.finetune import TuneConfig
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, Perturb, SoftLabels
@@ -111,7 +111,8 @@ QUICK = changed(
     held_out=4,
     pixels=PixelConfig(batch=12, iterations=6, lr=0.2),
     centre_pixels=PixelConfig(batch=12, iterations=6, lr=0.2),
-    generator=GeneratorConfig(steps=4, batch=4),
+    generator=GeneratorConfig(batch=4),
+    generator_steps=4,
     range_steps=3,
     range_batch=4,
     finetune=TuneConfig(epochs=1, steps_per_epoch=4, batch=4, lr=1e-5),

@@ -124,7 +124,7 @@ def test_sites(teacher, placement, activations):
     sites = plan(teacher, QConfig(3, 5, placement))
     assert [s.name for s in sites] == WEIGHTS + activations
     assert [(s.kind, s.bits, s.axis) for s in sites] == [("weight", 3, 0)] * 3 + [
-        ("activation", 5, None) for _ in activations
+        ("activation", 8 if name == "input" else 5, None) for name in activations
     ]
 
 
@@ -143,6 +143,15 @@ def test_edge_bits(teacher):
     assert edges("all_layers") == ["stem.weight", "fc.weight", "input", "model:mean", "output"]
     # the first layer's output and what the last one reads, as BRECQ has it
     assert edges("academic") == ["stem.weight", "fc.weight", "relu1:relu", "relu2:hardtanh"]
+
+
+def test_the_image_has_the_bits_of_bytes(teacher):
+    def bits(**config):
+        return next(s.bits for s in plan(teacher, QConfig(3, 2, "all_layers", **config)) if s.name == "input")
+
+    assert bits() == 8
+    assert bits(edge_bits=4) == 8
+    assert bits(sites={"input": 5}) == 5
 
 
 def test_what_the_last_layer_reads_is_not_what_an_earlier_one_reads():
@@ -237,7 +246,7 @@ def test_values_lie_on_the_grid(teacher, images, bits, w_range):
         assert (codes - codes.round()).abs().max() <= 2**9 * 2**-23
         assert qmin <= codes.round().min()
         assert codes.round().max() <= qmax
-        assert qmax - qmin == 2**bits - 1
+        assert qmax - qmin == 2 ** (8 if module.name == "input" else bits) - 1
         if w_range == "minmax":
             assert (after - before).abs().max() <= scale.max() * (1 + 1e-4)  # a step: the zero-point rounds too
     for parameter in (seen[f"quantizers.{n}_weight"][2] for n in ("stem", "conv", "fc")):

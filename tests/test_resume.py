@@ -25,7 +25,7 @@ import zsq_ext as zsq
 from zsq_ext.core.progress import Progress
 from zsq_ext.methods import dgh, synq
 from zsq_ext.methods.recipe import Recipe
-from zsq_ext.synth.generator import GeneratorConfig
+from zsq_ext.synth.generate import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
 from zsq_ext.tune.finetune import TuneConfig
 
@@ -71,7 +71,8 @@ synq_recipe = Recipe(
     replace(
         synq.TUNING["cifar"],
         ranges="generator",
-        generator=GeneratorConfig(steps=12, batch=4),
+        generator=GeneratorConfig(batch=4),
+        generator_steps=12,
         finetune=TuneConfig(epochs=2, steps_per_epoch=13, batch=4, lr=1e-3, lr_epochs=(1,)),
     ),
 )

@@ -14,8 +14,8 @@ from torch import Tensor, fx
 from zsq_ext.core.check import require
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.images import GaussianImages
-from zsq_ext.methods.job import Images, Job, Outcome
-from zsq_ext.methods.recipe import Recipe
+from zsq_ext.methods.job import Job, Outcome
+from zsq_ext.methods.recipe import ImageSource, Recipe, images_of
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import plan
 from zsq_ext.tune.dfq import DfqConfig, check_ranges, dfq, rewrite
@@ -44,7 +44,7 @@ class Dfq:
     def title(self) -> str:
         return "weights equalised, biases corrected"
 
-    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool = False) -> None:
+    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, source: ImageSource | None) -> None:
         """Refuses what cannot be run, before any work begins.
 
         Raises:
@@ -54,8 +54,9 @@ class Dfq:
         if self.ranges == "batch_norms":
             check_ranges(teacher, qconfig)
 
-    def run(self, job: Job, images: Images) -> Outcome:
+    def run(self, job: Job, source: ImageSource) -> Outcome:
         """Rewrites and quantizes; images serve the ranges, if that is asked for, and otherwise only to judge by."""
+        images = images_of(job, source)
         shown: tuple[Tensor, ...] = ()
         if self.ranges == "images":
             first = images.images[: self.batch * self.batches]

@@ -9,7 +9,8 @@ from torch import fx
 
 from zsq_ext.core.check import require
 from zsq_ext.core.spec import InputSpec
-from zsq_ext.methods.job import Images, Job, Outcome
+from zsq_ext.methods.job import Job, Outcome
+from zsq_ext.methods.recipe import ImageSource, images_of
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import plan, prepare
 from zsq_ext.tune.reconstruct import reconstruct
@@ -34,7 +35,7 @@ class Reconstruction:
         names = [name for name, kind in PUBLISHED.items() if (kind.granularity, kind.joint) == own]
         return f"{self.config.granularity} reconstruction" + "".join(f" ({name})" for name in names)
 
-    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool = False) -> None:
+    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, source: ImageSource | None) -> None:
         """Refuses what cannot be run, before any work begins.
 
         Raises:
@@ -43,8 +44,9 @@ class Reconstruction:
         require("Reconstruction", "w_range", qconfig.w_range, qconfig.w_range == "lp", "be 'lp', which stands still")
         plan(teacher, qconfig)
 
-    def run(self, job: Job, images: Images) -> Outcome:
+    def run(self, job: Job, source: ImageSource) -> Outcome:
         """Prepares the student and reconstructs it unit by unit."""
+        images = images_of(job, source)
         student = prepare(job.teacher, job.qconfig)
         found = reconstruct(job.stage("reconstruct"), job.teacher, student, images.images, self.config)
         return Outcome(student, images, {"tuning": found.history, "blocks": found.blocks})

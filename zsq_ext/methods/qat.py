@@ -14,12 +14,13 @@ from zsq_ext.core.rng import stream
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.images import require_classes
 from zsq_ext.methods.job import Images, Job, Outcome
+from zsq_ext.methods.recipe import ImageSource, images_of
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.modules import RangeTrace, activation_quantizers, calibrating
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.synth.filters import LowPass as LowPassFilter
-from zsq_ext.synth.generator import Generator, GeneratorConfig, train_generator
+from zsq_ext.synth.generate import GeneratorConfig, GeneratorTrainer, train_generator
 from zsq_ext.synth.teacher import Teacher
 from zsq_ext.tune.distill import DistillConfig, Distiller
 from zsq_ext.tune.finetune import TuneConfig, Tuned, finetune
@@ -36,31 +37,33 @@ class Qat:
     w_range: ClassVar[str] = "minmax"
 
     ranges: str = "generator"  # as released; "images" uses the (filtered) images themselves
-    range_steps: int = 40
+    range_steps: int = 40  # of range_batch images each
     range_batch: int = 64
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    generator_steps: int = 800  # 4 epochs of 200, a batch of the generator each
     distill: DistillConfig = field(default_factory=DistillConfig)
     finetune: TuneConfig = field(default_factory=TuneConfig)
 
     def __post_init__(self) -> None:
         require("Qat", "ranges", self.ranges, self.ranges in RANGES, f"be one of {', '.join(RANGES)}")
-        require("Qat", "range_steps", self.range_steps, self.range_steps >= 1, "be at least 1")
-        require("Qat", "range_batch", self.range_batch, self.range_batch >= 1, "be at least 1")
+        for name in ("range_steps", "range_batch", "generator_steps"):
+            require("Qat", name, getattr(self, name), getattr(self, name) >= 1, "be at least 1")
 
     @property
     def title(self) -> str:
         return "fine-tuning" if self.finetune.epochs > 0 else "ranges alone"
 
-    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool) -> None:
+    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, source: ImageSource | None) -> None:
         if self.finetune.epochs > 0 or self.ranges == "generator":
             require_classes("fine-tuning by distillation (tune='qat')", spec)
-        if self.ranges == "generator" and qconfig.a_bits is not None and not given:
-            Generator.check(spec.shape)
+        if self.ranges == "generator" and qconfig.a_bits is not None and source is not None:
+            self.generator.check(spec.shape, otherwise="; ranges='images' takes any")
         if self.finetune.epochs > 0:
             Distiller(teacher, teacher, self.distill)
 
-    def run(self, job: Job, images: Images) -> Outcome:
+    def run(self, job: Job, source: ImageSource) -> Outcome:
         """SynQ's Algorithm 1 from line 2 on; without its ideas, the lineage's."""
+        images = images_of(job, source)
         filtered = images
         filter_once = self.low_pass(job, "once")
         if filter_once is not None:  # line 2, the first idea; the released code filters every batch instead
@@ -92,7 +95,7 @@ class Qat:
         fused = fuse(student)
         with calibrating(student):
             if self.ranges == "generator" and job.given is None:  # given images are better than a generator's
-                trace = RangeTrace(student, self.generator.steps)
+                trace = RangeTrace(student, self.generator_steps)
 
                 def observe(batch: Tensor) -> None:
                     with torch.no_grad():
@@ -101,11 +104,9 @@ class Qat:
 
                 buffers = {name: b for name, b in student.named_buffers() if name.startswith("quantizers.")}
                 losses = train_generator(
-                    job.stage("ranges"),
+                    GeneratorTrainer(job.stage("ranges"), job.num_classes, job.spec.shape, self.generator, job.device),
                     Teacher(job.teacher),
-                    job.num_classes,
-                    job.spec.shape,
-                    self.generator,
+                    self.generator_steps,
                     on_images=observe,
                     extra_state={**buffers, "trace": trace.rows},
                 )

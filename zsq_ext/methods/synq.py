@@ -11,7 +11,6 @@ from dataclasses import replace
 from zsq_ext.methods.images import PixelImages
 from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe
-from zsq_ext.synth.generator import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
 from zsq_ext.tune.distill import DistillConfig
 from zsq_ext.tune.finetune import TuneConfig
@@ -63,8 +62,7 @@ IMAGES = {
 }
 
 _IMAGENET = Qat(
-    ranges="images",  # the released generator for 224 px is another network, which is not here
-    range_steps=40,
+    ranges="generator",  # as released; 800 steps
     distill=DistillConfig(
         ce=0.5,  # the one published setting: R18 W3A3
         ideas=(
@@ -85,8 +83,6 @@ _IMAGENET = Qat(
 
 _CIFAR = replace(
     _IMAGENET,
-    ranges="generator",  # as released
-    generator=GeneratorConfig(steps=800, batch=16),
     distill=replace(
         _IMAGENET.distill,
         ideas=(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zsq_ext.ops.layout import COMPUTE, is_dense
+from zsq_ext.ops.layout import COMPUTE, is_apart, is_dense
 
 # Codes are computed in float32, which holds every integer up to here.
 _CODE_LIMIT = 2**24
@@ -234,9 +234,13 @@ def tensors(op: str, name: str, tensors: Any, like: Sequence[Tensor] | None = No
 
 
 def apart(op: str, outs: Sequence[Tensor], inputs: Sequence[Tensor], many: bool = True) -> None:
-    """What is written to is no memory that another result or input lies in; a result may be its own input."""
+    """What is written to is no memory that another element, result or input lies in; a result may be its own input."""
     if torch.compiler.is_compiling():  # which has no addresses
         return
+    for i, out in enumerate(outs):
+        if out.numel() and not is_apart(out):
+            at = f"[{i}]" if many else ""
+            raise ValueError(f"{op}: out{at} must have memory for each of its elements, got strides {out.stride()}")
     tensors = (*outs, *(t for t, out in zip(inputs, outs, strict=True) if t is not out))
     if len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors):  # as it almost always is
         return

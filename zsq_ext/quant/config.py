@@ -19,14 +19,14 @@ class QConfig:
         w_bits: bits of the weights, 2 to 8.
         a_bits: bits of the activations, 2 to 8; None quantizes weights only.
         placement: ``"after_relu"``: behind every activation function and nowhere else (the ZeroQ, GDFQ, SynQ lineage:
-            the image, the pooled features and linear bottlenecks stay float). ``"all_layers"``: the image, what leaves
-            every layer, the additions and the outputs, as integer hardware needs it. ``"academic"``: what leaves a
-            layer or an addition and enters another layer, neither the image nor the outputs, nor a branch before the
-            addition that ends it, nor averages: with 8 ``edge_bits`` the setting of BRECQ's and Genie's tables.
-        edge_bits: bits of the first and last layer (weights, the last layer's input, with ``"all_layers"`` the image
-            and the outputs, and with ``"academic"`` the first layer's output); None gives them the same bits as all
-            others. A last layer is one that no other layer follows: in a network with several heads each head has its
-            own.
+            the image, the pooled features and linear bottlenecks stay float). ``"all_layers"``: what leaves every
+            layer, the additions and the outputs, as integer hardware needs it, and the image, which comes as bytes, to
+            8 bits. ``"academic"``: what leaves a layer or an addition and enters another layer, neither the image nor
+            the outputs, nor a branch before the addition that ends it, nor averages: with 8 ``edge_bits`` the setting
+            of BRECQ's and Genie's tables.
+        edge_bits: bits of the first and last layer (weights, the last layer's input, with ``"all_layers"`` the
+            outputs, and with ``"academic"`` the first layer's output); None gives them the same bits as all others. A
+            last layer is one that no other layer follows: in a network with several heads each head has its own.
         sites: bits of single sites by name, over everything above. Names as ``prepare`` reports them.
         a_range: how an activation's range follows the batches. ``"ema"``: bias-corrected moving average of the
             extremes; ``"legacy_ema"``: the released recursion, for parity; ``"minmax"``: running extremes (ZeroQ);

@@ -28,6 +28,9 @@ PLACED = {
     "academic": activations_academic,
 }
 
+IMAGE_BITS = 8
+"""An image comes as bytes, whatever the network makes of it: at 3 bits it is another image."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -65,8 +68,10 @@ def plan(module: fx.GraphModule, config: QConfig) -> list[Site]:
         if config.placement == "academic":
             at_edge |= _behind(module, found[0], activations)
         for site in activations:
-            edge = site.role != "activation" or site.node in at_edge
+            edge = site.role == "output" or site.node in at_edge
             bits = config.edge_bits if edge and config.edge_bits is not None else config.a_bits
+            if site.role == "input":
+                bits = IMAGE_BITS
             sites.append(Site(site.name, "activation", site.node, config.sites.get(site.name, bits), None))
     names = {site.name for site in sites}
     for name in config.sites:

@@ -89,7 +89,7 @@ def settings_of(
     if ideas:
         own = settings.tune
         if not isinstance(own, Distilling):
-            raise ValueError(f"quantize: ideas must come with tune='qat', got {ideas!r} for {type(own).__name__}")
+            raise ValueError(f"quantize: ideas must come with tune='qat', got {ideas!r} for {own.title}")
         distill = replace(own.distill, ideas=merge(own.distill.ideas, tuple(ideas)))
         settings = replace(settings, tune=replace(own, distill=distill))
     return settings

@@ -1,10 +1,10 @@
 """The alternating trainer: it is GDFQ's loop, written out plainly here; what it shares, freezes and leaves be.
 
 Broken on purpose, each turned a test here red: the generator's step before the student's forward; AGM's gradient
-through one network alone; AGM in the epoch that finds its margin; mixed images for the generator; the teacher's answers to the
-unmixed images; ranges that follow mixed images, or that follow on; a student that learns in the warm-up; a weight of 0
-that still asks the student; a second forward where one serves both; the limit without its base; a checkpoint without
-the ranges, the margin or either optimizer.
+through one network alone; AGM in the epoch that finds its margin; mixed images for the generator; the teacher's
+answers to the unmixed images; ranges that follow mixed images, or that follow on; a student that learns in the warm-
+up; a weight of 0 that still asks the student; a second forward where one serves both; the limit without its base; a
+checkpoint without the ranges, the margin or either optimizer.
 """
 
 import copy

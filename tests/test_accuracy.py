@@ -4,7 +4,7 @@ import pytest
 from recipes import changed
 
 from zsq_ext import api
-from zsq_ext.bench import accuracy
+from zsq_ext.bench import tasks
 from zsq_ext.bench.accuracy import KEYS, Table, differences, run_table, summary
 from zsq_ext.bench.intervals import paired_interval
 from zsq_ext.bench.tables import TABLES, Plan, Variant, without
@@ -61,6 +61,9 @@ def test_the_summary_tells_last_from_best():
     rows = [row(seed=s, top1=90.0 + s) for s in (0, 1)] + [row("noise", s, 88.0) for s in (0, 1)]
     text = summary(rows, ("noise",))
     assert "| W4A4 | SynQ | 2 | 90.50 ± 0.71 | 91.50 | 95.0 | +2.50 ± 6.35 (not resolved) | 10 |" in text
+    assert "| variant | seeds | top-1 last | top-1 best | agreement | top-1 - noise |" in text
+    ended = [{key: value for key, value in one.items() if key != "top1_best"} for one in rows]
+    assert "| variant | seeds | top-1 | agreement | top-1 - noise |" in summary(ended, ("noise",))
 
 
 def quick(recipe):
@@ -84,7 +87,7 @@ def test_a_table_makes_what_its_rows_share_once_and_runs_what_it_lacks(tmp_path,
         Variant("real images", "synq", "real"),
     )
     plan = Plan("resnet20", variants, ((4, 4), (4, None)), 1)
-    table, test = Table(tmp_path / "table.json"), accuracy.TestSet(4)
+    table, test = Table(tmp_path / "table.json"), tasks.TestSet(4)
     run_table(table, plan, (0,), test, config=quick)
     assert [type(source).__name__ for source in made] == ["PixelImages", "GaussianImages"]
     assert [(row["variant"], row["a_bits"]) for row in table.rows[:3]] == [

@@ -12,7 +12,7 @@ from recipes import changed
 from torch import nn
 
 import zsq_ext as zsq
-from zsq_ext import methods
+from zsq_ext import api, methods
 from zsq_ext.core.progress import QUIET, Progress
 from zsq_ext.methods import synq
 from zsq_ext.ops import backend
@@ -164,6 +164,60 @@ def test_a_resumed_run_is_measured_on_what_it_is_given_now(model, tmp_path):
     assert after.evaluations == [{"epoch": 2, "top1": zsq.evaluate(after.model, [second])}]
     assert quantize(model, out=tmp_path, resume=True, test=lambda: [first]).evaluations == before.evaluations
     assert quantize(model, out=tmp_path, resume=True).evaluations == before.evaluations
+
+
+def halves(network, batches):
+    """A measure that is none of ours: the share of positive logits, and of images."""
+    logits = torch.cat([network(images) for images, _ in batches])
+    return {"positive": 100 * (logits > 0).float().mean().item(), "all": 100.0}
+
+
+def test_a_measure_of_the_users_own(model, tmp_path):
+    images = torch.randn(8, 3, 8, 8)
+    measured = quantize(model, out=tmp_path, test=lambda: [(images, {"any": ["thing"]})], measure=halves)
+    assert measured.accuracy == halves(measured.model, [(images, None)])
+    assert measured.teacher_accuracy == halves(model, [(images, None)])
+    assert [row.keys() for row in measured.evaluations] == [{"epoch", "positive", "all"}] * 2
+    assert (measured.top1_last, measured.top1_best, measured.teacher_top1) == (None, None, None)
+    assert measured.best_accuracy["positive"] == max(row["positive"] for row in measured.evaluations)
+    assert f", positive {measured.accuracy['positive']:.2f} %, all 100.00 %, " in repr(measured)
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["accuracy"] == measured.accuracy
+    assert record["teacher_accuracy"] == measured.teacher_accuracy
+    # the same labels by another measure are another evaluation
+    other = quantize(
+        model, out=tmp_path, resume=True, test=lambda: [(images, {"any": ["thing"]})], measure=lambda *_: {"one": 1.0}
+    )
+    assert other.evaluations == [{"epoch": 2, "one": 1.0}]
+    assert other.seconds == measured.seconds
+
+
+def test_a_network_is_measured_in_eval_mode_and_without_gradients(model):
+    net, seen = copy.deepcopy(model).train(), []
+
+    def look(network, batches):
+        images, _ = next(iter(batches))
+        seen.append((network.training, network(images).requires_grad, images.is_contiguous()))
+        return {"it": 1.0}
+
+    assert api.measured(net, [(X, Y)], look) == {"it": 1.0}
+    assert seen == [(False, False, False)]  # channels last
+    assert net.training
+
+
+def test_dfq_says_of_each_site_what_rounding_cost_and_not_what_was_rewritten(model):
+    result = quantize(model, "dfq", preset="smoke", w_bits=8, a_bits=8, placement="academic")
+    weights = {layer.site: layer.sqnr_db for layer in result.quality.layers if layer.kind == "weight"}
+    for site, found in weights.items():
+        latent = result.model.get_parameter(site).detach().double()  # as it was rewritten
+        noise = result.model.get_submodule(f"quantizers.{site.replace('.', '_')}")(latent.float()).double() - latent
+        assert found == pytest.approx(10 * torch.log10(latent.square().sum() / noise.square().sum()).item()), site
+    assert result.quality.rewritten
+    assert result.quality.to_dict()["rewritten"] is True
+    assert "by layer, against the rewritten float network: SQNR in place" in str(result.quality)
+    assert result.images.shape == (0, 3, 8, 8)
+    assert result.figures.layers == ()
+    assert repr(result).startswith("Result(dfq W8A8, weights equalised, biases corrected, agreement ")
 
 
 def test_quality_says_when_nothing_was_held_out(model):
@@ -410,6 +464,8 @@ REFUSED = {
         ValueError,
         r"test must give images of shape \(3, 8, 8\), got \(3, 8, 4\)",
     ),
+    "measure alone": ({"measure": halves}, ValueError, "measure must come with test, got measure alone"),
+    "measure by name": ({"measure": "AP"}, TypeError, "measure must be a function of a network and batches, got str"),
     "resume": ({"resume": True}, ValueError, "resume must come with an out folder, got out=None"),
     "nothing to resume": (
         {"resume": True, "out": "runs/nowhere"},
@@ -576,7 +632,7 @@ def test_evaluate_refuses_what_is_not_a_batch(result):
 
 def test_a_result_in_one_line(result):
     assert repr(result).startswith(
-        f"Result(synq W4A4, 8 images, agreement {result.quality.agreement:.1f} % on 4 images, "
+        f"Result(synq W4A4, fine-tuning, 8 images, agreement {result.quality.agreement:.1f} % on 4 images, "
     )
     assert "\n" not in repr(result)
 
@@ -625,11 +681,18 @@ def test_a_network_with_heads_and_no_classes():
     assert "outputs at least" in repr(result)
     assert result.figures.layers
     assert result.figures.logit_ranges == ()
+
+    def spread(network, batches):
+        return {"spread": max(network(images)["classes"].std().item() for images, _ in batches)}
+
+    measured = zsq.quantize(model, "dgh", **given, test=lambda: [(result.images, None)], measure=spread)
+    assert measured.evaluations == [{"epoch": 0, **spread(measured.model, [(result.images, None)])}]
+    assert measured.best_accuracy == {}
     heads, expected = result.model(result.images), model(result.images)
     assert torch.allclose(heads["boxes"][0], expected["boxes"][0], atol=0.1)
     for more, message in (
         ({"num_classes": 6}, "num_classes must be left out for a model that is no classifier, got 6"),
-        ({"test": list}, "test must be left out for a network that is no classifier"),
+        ({"test": list}, "test must come with a measure for a network that is no classifier, .*precision_of$"),
         ({"tune": "qat"}, r"model must be a classifier, with one output \(N, K\), for fine-tuning"),
     ):
         with pytest.raises(ValueError, match=f"^quantize: {message}"):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import subprocess
 import sys
 import types
 from xml.etree import ElementTree
@@ -267,6 +268,13 @@ def test_steps_of_a_network(quick):
     assert header[-2:] == ["outside convolutions", "times as fast as"]
     assert all(len(line) == len(header) for line in cells)
     assert "reference" in cells[1][-1]
+    assert "outside convolutions:" in bench.legend({"rows": rows})
+
+
+def test_the_profiler_says_nothing_of_itself():
+    code = "import torch; from zsq_ext.bench import timing; print(timing.peak_mb(lambda: torch.ones(1 << 18), 'cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("1.0\n", "")
 
 
 def test_families_have_no_column_for_convolutions():
@@ -275,6 +283,9 @@ def test_families_have_no_column_for_convolutions():
     header, cells = bench.lines({"rows": [row]})
     assert header[-2:] == ["% of floor", "times as fast as"]
     assert cells[-2:] == ["50", "eager 3.00x"]
+    legend = bench.legend({"rows": [row]})
+    assert all(f"{column}:" in legend for column in ("ms", "p10-p90", "% of floor", "times as fast as"))
+    assert "outside convolutions" not in legend
 
 
 def test_generators_beside_their_plain_form(quick, monkeypatch):

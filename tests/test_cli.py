@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import zsq_ext as zsq
-from zsq_ext import api
-from zsq_ext.bench import accuracy
+from zsq_ext import api, methods
 from zsq_ext.bench import demo as engine
+from zsq_ext.bench import tasks
 from zsq_ext.cli import app, inputs
 from zsq_ext.core.progress import QUIET
 from zsq_ext.core.steps import Diverged
@@ -172,7 +173,7 @@ def test_quantize_without_test_data_reports_quality_alone(net):
     done = zsq_("quantize", "--model", net, "--input-shape", "3,16,16", "--a-bits", "none", "--json", "-", "--quiet")
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
-    assert facts["top1"] is None
+    assert "top1" not in facts
     assert facts["bits"] == "W4"
     assert facts["out"].endswith("net-synq-W4-smoke-seed0")
     assert 0 <= facts["quality"]["agreement"] <= 100
@@ -207,6 +208,71 @@ def test_synthesize(net, tmp_path):
     )
 
 
+@pytest.fixture
+def short_dgh(monkeypatch):
+    """DGH with six images in two visits."""
+    own = methods.METHODS["dgh"]
+    recipe = own.config("smoke", "repo")
+    stored = replace(recipe.images.stored, batch=8, iterations=2)
+    recipe = replace(recipe, images=replace(recipe.images, images=6, held_out=2, stored=stored))
+    monkeypatch.setitem(methods.METHODS, "dgh", replace(own, config=lambda preset, profile: recipe))
+
+
+def test_the_embedded_detector(short_dgh, tmp_path):
+    pytest.importorskip("pycocotools")
+    detector, scenes = ("--model", "fpn_small"), ("--data", "shape_scenes", "--test-images", 8)
+    made = zsq_("synthesize", *detector, "--method", "dgh", "--out", tmp_path / "s", "--quiet")
+    assert made.exit_code == 0, made.output
+    bits = ("--method", "dgh", "--tune", "none", "--w-bits", 8, "--a-bits", 8)
+    images, out = tmp_path / "s" / "images.safetensors", tmp_path / "q"
+    arguments = ("quantize", *detector, *bits, *scenes, "--images", images, "--out", out, "--quiet")
+    done = zsq_(*arguments, "--json", tmp_path / "facts.json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["AP50"].keys() == {"data", "test_images", "teacher", "last", "best"}
+    assert (facts["AP"]["data"], facts["AP"]["test_images"], facts["AP"]["best"]) == ("shape_scenes", 8, None)
+    assert f"AP@0.5, quantized (%)       {facts['AP50']['last']:.2f}" in done.stdout
+    assert "ranges alone, placement all_layers" in done.stdout
+    assert "epoch" not in done.stdout
+    page = (out / "report.html").read_text()
+    assert "AP@[.5:.95] (%)" in page
+    assert "last epoch" not in page
+
+    again = zsq_("evaluate", *detector, *scenes, "--quantized", out / "model.safetensors", "--json", "-")
+    assert again.exit_code == 0, again.output
+    found = json.loads(again.stdout)
+    for figure in ("AP50", "AP"):
+        assert found[figure] == {"float": facts[figure]["teacher"], "quantized": facts[figure]["last"]}
+
+    # to look at a finished run again is no part of it
+    assert zsq_(*arguments, "--resume", "--json", tmp_path / "more.json").exit_code == 0
+    assert json.loads((tmp_path / "more.json").read_text()) == facts
+
+
+def test_a_detector_without_what_counts_its_boxes(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    for command in (("evaluate",), ("quantize", "--out", tmp_path / "q")):
+        said = fails(*command, "--model", "fpn_small", "--data", "shape_scenes")
+        assert 'pycocotools must be installed: pip install "zsq_ext[detection]"' in said
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_network_on_data_that_it_cannot_be_measured_on(weights, tmp_path):
+    pytest.importorskip("pycocotools")
+    ours = tmp_path / "resnet20.safetensors"
+    save_file(small_nets.resnet20(8).state_dict(), ours)
+    said = fails_in_its_last_line(
+        "evaluate", "--model", "resnet20", "--weights", ours, "--data", "shape_scenes", "--test-images", 4
+    )
+    assert said == "zsq: precision_of: network must return a dict of 'classes' and 'boxes', got Tensor"
+
+
+def test_a_method_without_images_synthesizes_none(net, tmp_path):
+    said = fails("synthesize", "--model", net, "--input-shape", "3,8,8", "--method", "dfq", "--out", tmp_path / "run")
+    assert said == "zsq: synthesize: method must be one that makes images, got 'dfq', which needs none"
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluate_a_float_network_alone(net, cifar):
     done = zsq_("evaluate", "--model", net, "--data", cifar, "--test-images", 10, "--json", "-")
     assert done.exit_code == 0, done.output
@@ -236,7 +302,7 @@ def test_demo(weights, monkeypatch, tmp_path):
     assert "Sensitivity of the layers: SynQ W3A3" in page
     # the saved network is the one that was measured
     again = zsq.load(tmp_path / "d" / "resnet20-synq-w4a4.safetensors", tiny)
-    top1 = zsq.evaluate(again, accuracy.TestSet(40)())
+    top1 = zsq.evaluate(again, tasks.TestSet(40)())
     assert top1 == next(row["last"] for row in facts["rows"] if (row["method"], row["bits"]) == ("SynQ", "W4A4"))
 
 
@@ -347,7 +413,10 @@ def test_bench_of_an_unknown_suite():
     ("arguments", "words"),
     [
         (["--model", "resnet18"], "--weights must name a checkpoint for resnet18"),
-        (["--model", "resnet20", "--data", "cifar"], "--data must be textured_shapes or cifar10:DIR"),
+        (
+            ["--model", "resnet20", "--data", "cifar"],
+            "--data must be one of textured_shapes, shape_scenes,",
+        ),
         (["--model", "alexnet"], "--model must be path.py:function or one of resnet20"),
         (["--model", "resnet18(depth=3)", "--weights", "x.pth"], "--model must fit what resnet18 takes"),
         (["--model", "resnet18(1 + 1)", "--weights", "x.pth"], "--model must be a name, with literal arguments"),
@@ -393,7 +462,7 @@ def test_networks_of_the_zoo_with_weights(tmp_path, cifar):
     assert not network.model.training
     architecture = inputs.network("resnet20", weights=None, data=data, needs_weights=False)
     assert not architecture.trained
-    with pytest.raises(ValueError, match="textured_shapes alone"):
+    with pytest.raises(ValueError, match="weights ship only for resnet20 and mobilenet_small on"):
         inputs.network("resnet20", weights=None, data=data)
     large = inputs.network("mobilenet_v2(expand_first=True)", weights=None, num_classes=7, needs_weights=False)
     assert large.spec == dataclasses.replace(imagenet_spec, num_classes=7)
@@ -484,9 +553,21 @@ def test_defects_keep_their_traceback(net, monkeypatch):
     assert isinstance(done.exception, RuntimeError)
 
 
-def test_usage_errors_exit_with_two():
-    assert zsq_("quantize").exit_code == 2
-    assert zsq_("nothing").exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quantize"], "Missing option '--model'"),
+        (["nothing"], "No such command 'nothing'"),
+        (["--nothing"], "No such option: --nothing"),
+        (["quantize", "--model", "x", "--nothing"], "No such option: --nothing"),
+        (["quantize", "--model", "x", "--seed", "one"], "Invalid value for '--seed'"),
+        (["quantize", "--model", "x", "--w-bits", "four"], "--w-bits must be an integer from 2 to 8, got 'four'"),
+    ],
+)
+def test_usage_errors_are_one_line(arguments, words):
+    assert words in fails(*arguments)
+    assert zsq_().exit_code == 2
+    assert "Usage: " in zsq_().output
 
 
 def test_help_names_every_command():

@@ -190,14 +190,6 @@ def test_a_teacher_without_a_head_is_refused_only_where_it_would_be_stretched(ne
     assert len(off.make(job(module)).images) == 7
 
 
-def test_another_input_is_refused(teacher):
-    spec = InputSpec((3, 16, 16), num_classes=5)
-    message = r"^DghImages: spec.shape must be \(3, 8, 8\) as the captured model's input, got \(3, 16, 16\)$"
-    with pytest.raises(ValueError, match=message):
-        QUICK.check(teacher, spec)
-    QUICK.check(teacher, SPEC)
-
-
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [

@@ -1,5 +1,6 @@
 """The distillation loss: which idea switches which term, what a step costs, and where gradients go."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from zsq_ext.quant.prepare import prepare
 from zsq_ext.quant.structure import cam_layer, classifier_tail
 from zsq_ext.tune.cam import autograd_alpha
 from zsq_ext.tune.distill import DistillConfig, Distiller, _Network, sum_terms
-from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, Perturb, SoftLabels
+from zsq_ext.tune.ideas import Agm, CamAlign, FeatureAlign, LowPass, Mix, Perturb, SoftLabels
 from zsq_ext.tune.losses import feature_alignment, signed_perturbation
 from zsq_ext.zoo.small_nets import mobilenet_small, resnet20
 
@@ -327,6 +328,18 @@ def test_networks_that_cannot_be_aligned_are_refused(nets):
         (lambda: FeatureAlign(weight=-1), "FeatureAlign: weight must be at least 0"),
         (lambda: Perturb(eps=0), "Perturb: eps must be positive, got 0"),
         (lambda: Perturb(weight=-1), "Perturb: weight must be at least 0"),
+        (lambda: Agm(weight=-1), "Agm: weight must be at least 0, got -1"),
+        (lambda: Agm(form="hinge"), "Agm: form must be one of smooth_hinge, gauss, erfc, got 'hinge'"),
+        (lambda: Agm(discrepancy="l1"), "Agm: discrepancy must be one of normalized, mse, got 'l1'"),
+        (lambda: Agm(margin=0), "Agm: margin must be None or positive and finite, got 0"),
+        (lambda: Agm(sigma=math.inf), "Agm: sigma must be None or positive and finite, got inf"),
+        (lambda: Agm(margin_factor=0), "Agm: margin_factor must be positive and finite, got 0"),
+        (lambda: Agm(sigma_factor=-1), "Agm: sigma_factor must be positive and finite, got -1"),
+        (lambda: Agm(limit_below=2), r"Agm: limit_below must be in \[0, 1\], got 2"),
+        (lambda: Mix(a=0), "Mix: a must be positive and finite, got 0"),
+        (lambda: Mix(probability=1.5), r"Mix: probability must be in \[0, 1\], got 1.5"),
+        (lambda: Mix(per_sample=1), "Mix: per_sample must be True or False, got 1"),
+        (lambda: Mix(teacher="no"), "Mix: teacher must be True or False, got 'no'"),
     ],
 )
 def test_ideas_check_themselves(make, message):

@@ -1,12 +1,17 @@
 """Who runs an op: a forced backend is honoured or raises, auto may fall back, and reasons are given."""
 
+import inspect
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import zsq_ext
+from zsq_ext import ops
+from zsq_ext.cli import app
 from zsq_ext.ops import backend, fake_quant, native, reference
 
 ARGS = torch.randn(6), torch.tensor([0.1]), torch.zeros(1, dtype=torch.int32), -8, 7
@@ -103,6 +108,18 @@ def test_every_op_has_a_reference_and_a_schema():
     for op in backend.OPS:
         assert hasattr(reference, op)
         assert hasattr(torch.ops.zsq, op)
+
+
+def test_the_command_lists_what_is_public_and_nothing_else():
+    assert set(filter(None, ops.PUBLIC.values())) <= set(backend.OPS)
+    functions = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+    done = CliRunner().invoke(app, ["ops", "--json", "-"])
+    listed = json.loads(done.stdout)["ops"]
+    assert set(listed) == set(ops.PUBLIC) == functions
+    for name, runs in listed.items():
+        assert runs["reference"], name
+        assert runs["cpu"] == (backend.missing("cpu") is None), name
+    assert listed["adaround_many"] == listed["adaround"]
 
 
 def test_the_native_module_counts_the_fields_of_a_struct():

@@ -25,6 +25,10 @@ def rounded(x):
     return ops.adaround(x, torch.zeros_like(x, dtype=torch.int16), STEP, ZERO, -8, 7)
 
 
+def rounded_many(x):
+    return ops.adaround_many([x], [torch.zeros_like(x, dtype=torch.int16)], [STEP], [ZERO], -8, 7)[0]
+
+
 def dropped(x):
     return ops.qdrop(x, torch.zeros_like(x), 0.5, torch.tensor([1, 2]))
 
@@ -38,6 +42,7 @@ OPS = {
     "fake_quant_many": many,
     "fake_quant_minmax": minmax,
     "adaround": rounded,
+    "adaround_many": rounded_many,
     "qdrop": dropped,
     "bn_act": normed,
 }

@@ -30,6 +30,21 @@ def test_memory_shared_in_part_is_refused():
     assert torch.equal(x, before)
 
 
+def test_memory_that_several_elements_share_is_refused():
+    x = torch.randn(3, 4)
+    rows = torch.zeros(4).expand(3, 4)
+    windows = torch.zeros(12).as_strided((3, 4), (3, 1))  # each row begins with the end of the one before
+    message = "must have memory for each of its elements, got strides"
+    for out in (rows, windows):
+        with pytest.raises(ValueError, match=f"fake_quant: out {message}"):
+            one(x, out)
+        for lists in (minmax, many):
+            with pytest.raises(ValueError, match=rf"out\[1\] {message}"):
+                lists([x, x.clone()], [torch.zeros(3, 4), out])
+    for out in (torch.zeros(6, 8)[::2, 1::2], torch.zeros(8, 3).t()[:, ::2], torch.zeros(1, 4).expand(1, 4)):
+        assert torch.equal(one(x[: len(out)], out), one(x[: len(out)], None))
+
+
 @pytest.mark.parametrize("lists", [minmax, many])
 def test_lists_that_cross_are_refused(lists):
     a, b = torch.randn(3, 4), torch.randn(3, 4)

@@ -230,13 +230,55 @@ def test_report_holds_every_section(run):
 def test_report_tells_last_and_best_apart_beside_the_teacher(run):
     result, folder = run
     other = dataclasses.replace(
-        result, evaluations=[{"epoch": 1, "top1": 61.25}, {"epoch": 2, "top1": 58.75}], measure_teacher=lambda: 70.5
+        result,
+        evaluations=[{"epoch": 1, "top1": 61.25}, {"epoch": 2, "top1": 58.75}],
+        measure_teacher=lambda: {"top1": 70.5},
     )
     page = write(other, folder / "other", measured_on="ten images").read_text()
     cells = re.findall(r"<td[^>]*>(.*?)</td>", page[page.index('id="accuracy"') : page.index("</section>")])
     assert cells[:5] == ["teacher", "float", "70.50", "", ""]
     assert cells[6:11] == ["synq", "W4A4", "58.75", "61.25", "-11.75"]
     assert "Measured on ten images." in page
+
+
+def test_report_says_how_the_network_was_quantized(run):
+    result, folder = run
+    own = dataclasses.replace(
+        result, qconfig=dataclasses.replace(result.qconfig, edge_bits=8, sites={"0.weight": 5}), tuning="so and so"
+    )
+    page = write(own, folder / "how").read_text()
+    assert "<h1>synq W4A4, so and so</h1>" in page
+    how = "synq W4A4: so and so, placement after_relu, first and last layer 8 bits, 1 sites with bits of their own; "
+    assert f'<p class="note">{how}zsq_ext, ' in page
+    assert result.tuning == "fine-tuning"
+
+
+def test_a_detectors_figures_have_a_table_each_and_no_epochs(run):
+    result, folder = run
+    other = dataclasses.replace(
+        result,
+        evaluations=[{"epoch": 0, "AP50": 61.0, "AP": 40.0}],
+        measure_teacher=lambda: {"AP50": 62.5, "AP": 42.0},
+    )
+    page = write(other, folder / "detector").read_text()
+    start = page.index('id="accuracy"')
+    part = page[start : page.index("</section>", start)]
+    assert re.findall(r"<th[^>]*>(.*?)</th>", part)[2::5] == ["AP@0.5 (%)", "AP@[.5:.95] (%)"]
+    assert re.findall(r"<td[^>]*>([-+][\d.]+)</td>", part) == ["-1.50", "-2.00"]
+    assert "epoch" not in part
+    assert "<b>40.00 %</b><span>synq W4A4, AP@[.5:.95]</span>" in page
+    assert other.best_accuracy == {}
+
+
+def test_a_network_that_no_image_was_made_for_shows_none(run):
+    result, folder = run
+    quality = dataclasses.replace(result.quality, rewritten=True)
+    other = dataclasses.replace(result, images=result.images[:0], labels=result.labels[:0], quality=quality)
+    page = write(other, folder / "none").read_text()
+    assert "ynthetic images<" not in page
+    assert "<img" not in page
+    assert "both compare with the float network as rewritten" in page
+    assert "as rewritten" not in write(result, folder / "own").read_text()
 
 
 def test_report_loads_nothing(run):
@@ -302,3 +344,4 @@ def test_untuned_network_is_measured_too():
     )  # fmt: skip
     assert [row["epoch"] for row in result.evaluations] == [0]
     assert result.teacher_top1 == zsq.evaluate(tiny(), batches())
+    assert result.top1_best is None  # there was no epoch

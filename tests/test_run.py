@@ -126,6 +126,15 @@ def test_the_seconds_of_all_calls_add_up(tmp_path):
     assert Run(tmp_path, CONFIG, resume=True).seconds < 60
 
 
+def test_a_finished_run_takes_no_longer(tmp_path):
+    Run(tmp_path, CONFIG).finish(12.5)
+    again = Run(tmp_path, CONFIG, resume=True, since=time.perf_counter() - 1000)
+    assert again.seconds == 12.5
+    again.save("images", {})  # written once more, as it was
+    assert Run(tmp_path, CONFIG, resume=True).seconds == 12.5
+    Run(None, CONFIG).finish(1.0)
+
+
 TENSORS = {
     "image": torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
     "scalar": torch.tensor(-0.0),

@@ -12,7 +12,7 @@ from torch import nn
 
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.structure import heads
-from zsq_ext.synth.distance import layer_distances, logit_ranges
+from zsq_ext.synth.distance import ImageFigures, figures
 from zsq_ext.synth.objectives import Statistics
 from zsq_ext.synth.set_objectives import set_statistics_loss, stretching_loss
 from zsq_ext.synth.whole_set import RunningTotals, SetTeacher
@@ -178,7 +178,7 @@ def test_fresh_statistics_give_every_batch_the_gradient_of_the_whole_set(teacher
 
 
 def test_distances_of_a_set(teacher, nets, images):
-    rows = layer_distances(teacher, images, batch=4)
+    rows = figures(teacher, images, batch=4).layers
     with torch.no_grad():
         _, inputs = hooked(nets.residual(), images)
     assert [row.layer for row in rows] == [f"norms.{i}" for i in range(4)]
@@ -193,6 +193,18 @@ def test_distances_of_a_set(teacher, nets, images):
 def test_logit_ranges(teacher, images):
     with torch.no_grad():
         logits = teacher(images)
-    ranges = logit_ranges(teacher, images, batch=4)
+    ranges = torch.tensor(figures(teacher, images, batch=4).logit_ranges)
     torch.testing.assert_close(ranges, logits.amax(1) - logits.amin(1), rtol=1e-4, atol=1e-5)
     assert ranges.shape == (6,)
+
+
+def test_a_network_without_batch_norms_has_ranges_and_one_without_classes_distances(nets, images):
+    bare = capture(nets.vgg(norm=False), torch.zeros(2, 3, 8, 8))
+    found = figures(bare, images)
+    assert found.layers == ()
+    assert len(found.logit_ranges) == 6
+    maps = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.zeros(2, 3, 8, 8))
+    found = figures(maps, images)
+    assert [row.layer for row in found.layers] == ["1"]
+    assert found.logit_ranges == ()
+    assert figures(capture(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.zeros(2, 3, 8, 8)), images) == ImageFigures()

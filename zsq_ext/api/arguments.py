@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,20 +14,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq_ext import methods
+from zsq_ext.api.measure import Batches, Measure, images_and_truth, pair_of
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.rng import stream
 from zsq_ext.core.spec import InputSpec
+from zsq_ext.methods.alternating import Distilling
 from zsq_ext.methods.job import Images, hold_out, predictions
-from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.ops import backend
 from zsq_ext.ops.check import shown
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.graph import is_classifier
 from zsq_ext.tune.ideas import Idea, merge
-
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Gives an iterable of (images in normalised space (N, C, H, W), labels (N,)), afresh at every call."""
 
 
 @contextmanager
@@ -90,8 +88,8 @@ def settings_of(
         raise TypeError(f"quantize: ideas must be a tuple of ideas such as LowPass(d0=8), got {ideas!r}")
     if ideas:
         own = settings.tune
-        if not isinstance(own, Qat):
-            raise ValueError(f"quantize: ideas must come with tune='qat', got {ideas!r} for {type(own).__name__}")
+        if not isinstance(own, Distilling):
+            raise ValueError(f"quantize: ideas must come with tune='qat', got {ideas!r} for {own.title}")
         distill = replace(own.distill, ideas=merge(own.distill.ideas, tuple(ideas)))
         settings = replace(settings, tune=replace(own, distill=distill))
     return settings
@@ -102,7 +100,7 @@ def replaced(
 ) -> list[tuple[Idea, Idea]]:
     """The method's own ideas that the user's took the place of, with other values, as (own, the user's)."""
     own = config if config is not None else chosen.config(preset, profile or chosen.profiles[0])
-    if not isinstance(own.tune, Qat) or not isinstance(settings.tune, Qat):
+    if not isinstance(own.tune, Distilling) or not isinstance(settings.tune, Distilling):
         return []
     now = {type(idea): idea for idea in settings.tune.distill.ideas}
     return [(idea, now[type(idea)]) for idea in own.tune.distill.ideas if now.get(type(idea), idea) != idea]
@@ -233,32 +231,24 @@ def _check_images(images: Tensor, labels: Tensor | None, spec: InputSpec) -> Non
         raise ValueError(f"quantize: labels must be in [0, {spec.num_classes}), got {low} to {high}")
 
 
-def check_test(test: Batches | None, spec: InputSpec) -> None:
+def check_test(test: Batches | None, measure: Measure | None, spec: InputSpec) -> None:
     """Looks at the first batch of the test data, which would otherwise be met only after the images were made."""
+    if measure is not None and not callable(measure):
+        raise TypeError(f"quantize: measure must be a function of a network and batches, got {type(measure).__name__}")
     if test is None:
+        if measure is not None:
+            raise ValueError("quantize: measure must come with test, got measure alone")
         return
-    if spec.num_classes is None:
+    if measure is None and spec.num_classes is None:
         raise ValueError(
-            "quantize: test must be left out for a network that is no classifier, whose accuracy is no top-1; "
-            "measure result.model"
+            "quantize: test must come with a measure for a network that is no classifier, whose accuracy is no top-1, "
+            "such as measure=zsq_ext.zoo.average_precision.precision_of"
         )
     if not callable(test):
         raise TypeError(f"quantize: test must be a function that gives batches, got {type(test).__name__}")
     first = next(iter(test()), None)
     if first is None:
         raise ValueError("quantize: test must give at least one batch at every call, got none")
-    shape = tuple(pair_of(first)[0].shape[1:])
-    if shape != spec.shape:
-        raise ValueError(f"quantize: test must give images of shape {spec.shape}, got {shape}")
-
-
-def pair_of(batch: object) -> tuple[Tensor, Tensor]:
-    """A batch of test data, checked: images (N, C, H, W) and labels (N,)."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
-        got = [type(part).__name__ for part in batch] if isinstance(batch, tuple | list) else type(batch).__name__
-        raise TypeError(f"evaluate: batches must give pairs of tensors (images, labels), got {got}")
-    images, labels = batch
-    if images.ndim != 4 or labels.shape != images.shape[:1]:
-        shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
-        raise ValueError(f"evaluate: batches must have shapes (N, C, H, W) and (N,), got {shapes}")
-    return images, labels
+    images, _ = pair_of(first) if measure is None else images_and_truth(first)
+    if tuple(images.shape[1:]) != spec.shape:
+        raise ValueError(f"quantize: test must give images of shape {spec.shape}, got {tuple(images.shape[1:])}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +12,17 @@ from torch import Tensor, fx, nn
 
 from zsq_ext import __version__, methods, report
 from zsq_ext.api.arguments import (
-    Batches,
     check_kinds,
     check_test,
     enter,
     given_images,
-    pair_of,
     replaced,
     settings_of,
     speaking_as,
     untrained,
 )
-from zsq_ext.api.result import Result, evaluate
+from zsq_ext.api.measure import Batches, Evaluator, Measure, measured, top1
+from zsq_ext.api.result import Result
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.run import Run, fingerprint
 from zsq_ext.core.spec import InputSpec
@@ -32,8 +30,8 @@ from zsq_ext.methods.job import Images, Job, Outcome
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import plan
-from zsq_ext.quant.quality import measure
-from zsq_ext.synth.distance import figures
+from zsq_ext.quant.quality import measure as measure_quality
+from zsq_ext.synth.distance import ImageFigures, figures
 from zsq_ext.tune.ideas import Idea
 
 
@@ -59,6 +57,7 @@ def quantize(
     images: Tensor | Images | None = None,
     labels: Tensor | None = None,
     test: Batches | None = None,
+    measure: Measure | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -88,7 +87,10 @@ def quantize(
         images, labels: use these instead of making images: what ``synthesize`` returned, or a tensor (N, C, H, W) in
             normalised space, of which an eighth (up to 256) is held out from tuning. Without labels, (N,) int64, the
             teacher's predictions are taken.
-        test: test data for the per-epoch accuracy in ``evaluations``; it decides nothing.
+        test: test data for ``evaluations``: a function that gives batches of images in normalised space and labels. It
+            decides nothing.
+        measure: how a network is measured on them, ``measure(network, test())`` to figures in percent by name; top-1 if
+            left out. For a detector such as ``zsq_ext.zoo.average_precision.precision_of``.
         seed: of every random stream of the run.
         device: where to work; the model's device if left out.
         out: a folder for checkpoints, images, the model and the report; None keeps nothing on disk.
@@ -129,9 +131,10 @@ def quantize(
         given = given_images(images, labels, teacher, spec, seed)
         plan(teacher, qconfig)
         settings.check(teacher, spec, qconfig, given is not None)
-        check_test(test, spec)
+        check_test(test, measure, spec)
         names = _names(chosen, method, preset, profile, config)
-        evaluator = None if test is None else _Evaluator(test)
+        measure = measure or top1
+        evaluator = None if test is None else Evaluator(test, measure)
         run = _run(teacher, spec, qconfig, settings, names, seed, given, out=out, resume=resume, since=begin)
         job = Job(run, teacher, spec, qconfig, seed, progress or Progress(), evaluator, given)
     _warn(job, model)
@@ -139,20 +142,29 @@ def quantize(
     unseen = len(outcome.images.held_out) > 0
     judges = outcome.images.held_out if unseen else outcome.images.images[:256]
     with job.progress.stage("quality", len(judges)) as meter:
-        quality = measure(teacher, outcome.student, qconfig, judges, unseen=unseen, advance=meter.advance)
+        quality = measure_quality(
+            teacher,
+            outcome.student,
+            qconfig,
+            judges,
+            reference=outcome.reference,
+            unseen=unseen,
+            advance=meter.advance,
+        )
     result = Result(
         model=outcome.student.eval(),
         images=outcome.images.images,
         labels=outcome.images.labels,
         quality=quality,
-        figures=figures(teacher, outcome.images.images[:512]),
+        figures=figures(teacher, outcome.images.images[:512]) if len(outcome.images.images) else ImageFigures(),
         spec=spec,
         qconfig=qconfig,
         config=job.run.config,
         histories=outcome.histories,
         evaluations=_evaluations(evaluator, outcome),
         seconds=job.run.seconds,
-        measure_teacher=None if test is None else lambda: evaluate(teacher, test()),
+        tuning=settings.tune.title,
+        measure_teacher=None if test is None else lambda: measured(teacher, test(), measure),
     )
     _keep(job.run, result, outcome.images)
     return result
@@ -184,6 +196,8 @@ def synthesize(
         check_kinds(resume, preset=preset, profile=profile, num_classes=num_classes)
         check_kinds(resume, device=device, out=out, progress=progress)
         chosen = methods.get(method)
+        if not chosen.makes_images:
+            raise ValueError(f"synthesize: method must be one that makes images, got {method!r}, which needs none")
         settings = settings_of(chosen, preset, profile, None, (), config)
         teacher, spec = enter(model, input_shape, input_spec, num_classes, device)
         settings.images.check(teacher, spec)
@@ -241,32 +255,14 @@ def _fingerprint_of(given: Images) -> str:
     return fingerprint({name: value for name, value in given.tensors().items() if name != "held_out_labels"})
 
 
-class _Evaluator:
-    """Measures a student; a record says on which labels, so that a resumed run mixes no two test sets."""
-
-    def __init__(self, test: Batches) -> None:
-        self._test, self.used = test, False
-
-    def __call__(self, student: fx.GraphModule) -> dict[str, Any]:
-        self.used = True
-        digest = hashlib.sha256()
-
-        def watched() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch in self._test():
-                images, labels = pair_of(batch)
-                digest.update(labels.cpu().numpy().tobytes())
-                yield images, labels
-
-        return {"top1": evaluate(student, watched()), "test": digest.hexdigest()[:16]}
-
-
-def _evaluations(evaluator: _Evaluator | None, outcome: Outcome) -> list[dict[str, Any]]:
-    """The accuracy by epoch, all on one set of test data: this call's, if it was given any."""
+def _evaluations(evaluator: Evaluator | None, outcome: Outcome) -> list[dict[str, Any]]:
+    """The figures by epoch, all on one set of test data: this call's, if it was given any."""
     by_epoch = {row["epoch"]: row for row in outcome.evaluations}
-    if evaluator is not None and not evaluator.used:  # nothing was tuned, or it was tuned before this call
+    if evaluator is not None and not evaluator.used:  # nothing was tuned by epochs, or it was before this call
         by_epoch[outcome.epochs] = {"epoch": outcome.epochs, **evaluator(outcome.student)}
-    rows = list(by_epoch.values())
-    return [{"epoch": row["epoch"], "top1": row["top1"]} for row in rows if row["test"] == rows[-1]["test"]]
+    rows = [{key: value for key, value in row.items() if key != "step"} for row in by_epoch.values()]
+    same = [row for row in rows if row["test"] == rows[-1]["test"] and row.keys() == rows[-1].keys()]
+    return [{key: value for key, value in row.items() if key != "test"} for row in same]
 
 
 def _keep(run: Run, result: Result, images: Images) -> None:
@@ -278,9 +274,8 @@ def _keep(run: Run, result: Result, images: Images) -> None:
     run.write_json(
         "result.json",
         {
-            "teacher_top1": result.teacher_top1,
-            "top1_last": result.top1_last,
-            "top1_best": result.top1_best,
+            "teacher_accuracy": result.teacher_accuracy,
+            "accuracy": result.accuracy,
             "evaluations": result.evaluations,
             "quality": result.quality.to_dict(),
             "images": result.figures.to_dict(),
@@ -289,3 +284,4 @@ def _keep(run: Run, result: Result, images: Images) -> None:
         },
     )
     report.write(result, run.folder)
+    run.finish(result.seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from zsq_ext.api.arguments import example_for, pair_of, speaking_as
+from zsq_ext.api.arguments import example_for, speaking_as
 from zsq_ext.core.run import load_tensors, save_tensors
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.quant.capture import capture
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.quant.quality import Quality
+from zsq_ext.report.result import title
 from zsq_ext.synth.distance import ImageFigures
 
 FORMAT = "zsq_ext.quantized"
@@ -31,7 +32,8 @@ class Result:
 
     Attributes:
         model: the fake-quantized network, ready to evaluate or to train on; on the caller's model's device.
-        images: the synthetic images (N, C, H, W) behind the tuning, in the network's normalised space, unfiltered.
+        images: the synthetic images (N, C, H, W) behind the tuning, in the network's normalised space, unfiltered; none
+            where the weights alone were rewritten (``"dfq"``).
         labels: their labels (N,); None for a network that is no classifier.
         quality: agreement, divergence and per-layer figures on held-out synthetic images; needs no data.
         spec: what the network expects at its input.
@@ -39,11 +41,12 @@ class Result:
         config: method, hyperparameters, seed: everything that decided the result.
         histories: loss values by stage, [{"step": n, term: value}]; under ``"calibration"`` the activation ranges by
             batch, [{"step": n, "lo": [...], "hi": [...]}] with one value per site.
-        evaluations: [{"epoch": n, "top1": percent}] on the test data of this call, if any; epoch 0 is a network that
-            was not tuned at all.
+        evaluations: [{"epoch": n, "top1": percent}], or the figures of the measure that was asked for, on the test data
+            of this call, if any; epoch 0 is a network that was not tuned by epochs.
         figures: how far the statistics of up to 512 of the images are from the stored ones, layer by layer, and how
             far the teacher's logits reach on them.
         seconds: wall time, of a resumed run that of all its calls as far as their work was kept.
+        tuning: how the images were used, in words.
     """
 
     model: fx.GraphModule
@@ -57,31 +60,51 @@ class Result:
     evaluations: list[dict]
     seconds: float
     figures: ImageFigures = field(default_factory=ImageFigures)
-    measure_teacher: Callable[[], float] | None = field(default=None, repr=False, compare=False)
+    tuning: str = ""
+    measure_teacher: Callable[[], dict[str, float]] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
+    def teacher_accuracy(self) -> dict[str, float]:
+        """The float network's figures on the same test data, measured when first asked for; none without test data."""
+        return {} if self.measure_teacher is None else self.measure_teacher()
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """The figures of ``model``, in percent by name, such as ``{"top1": 93.5}``; none without test data."""
+        last = self.evaluations[-1] if self.evaluations else {}
+        return {name: value for name, value in last.items() if name != "epoch"}
+
+    @property
+    def best_accuracy(self) -> dict[str, float]:
+        """Each figure of its best epoch, none where there were no epochs. The test data chose it: quote it as such."""
+        if not any(row["epoch"] > 0 for row in self.evaluations):
+            return {}
+        return {name: max(row[name] for row in self.evaluations) for name in self.accuracy}
+
+    @property
     def teacher_top1(self) -> float | None:
-        """The float network's accuracy on the same test data, in percent, measured when first asked for; else None."""
-        return None if self.measure_teacher is None else self.measure_teacher()
+        """The float network's top-1 in percent; None if that was not measured."""
+        return self.teacher_accuracy.get("top1")
 
     @property
     def top1_last(self) -> float | None:
-        """Accuracy after the last epoch, in percent; None without test data."""
-        return self.evaluations[-1]["top1"] if self.evaluations else None
+        """The top-1 of ``model``, after the last epoch where there were any, in percent; None if not measured."""
+        return self.accuracy.get("top1")
 
     @property
     def top1_best(self) -> float | None:
-        """The best epoch's accuracy, in percent. The test data chose that epoch: quote it as such."""
-        return max(row["top1"] for row in self.evaluations) if self.evaluations else None
+        """The best epoch's top-1, in percent. The test data chose that epoch: quote it as such."""
+        return self.best_accuracy.get("top1")
 
     def __repr__(self) -> str:
-        top1 = "" if self.top1_last is None else f", top-1 {self.top1_last:.2f} % after the last epoch"
+        measured = "".join(f", {title(name)} {value:.2f} %" for name, value in self.accuracy.items())
         if self.spec.num_classes is None:
             quality = f"outputs at least {min(self.quality.outputs_db.values()):.1f} dB above the noise"
         else:
             quality = f"agreement {self.quality.agreement:.1f} % on {self.quality.images} images"
-        tuned = f"{len(self.images)} images" if self.histories.get("tuning") else "not tuned"
-        return f"Result({self.config['method']} {self.qconfig.label}, {tuned}, {quality}{top1}, {self.seconds:.0f} s)"
+        tuned = ", ".join(filter(None, [self.tuning, f"{len(self.images)} images" if len(self.images) else ""]))
+        name = f"{self.config['method']} {self.qconfig.label}"
+        return f"Result({name}, {tuned}, {quality}{measured}, {self.seconds:.0f} s)"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: float latent weights, activation ranges, configuration (format version 1)."""
@@ -97,44 +120,6 @@ class Result:
             save_tensors(target, self.model.state_dict(), info)
         except OSError as error:
             raise ValueError(f"save: path must be in a folder that can be written, got {target}: {error}") from error
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Top-1 accuracy in percent.
-
-    Args:
-        model: any image classifier; it is run in eval mode, and has its own modes again afterwards.
-        batches: pairs of images (N, C, H, W) in the model's input space and labels (N,).
-
-    Raises:
-        TypeError: a batch is not a pair of tensors.
-        ValueError: there is no image, a batch does not have one label per image, or the model is no classifier.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"evaluate: model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"evaluate: batches must give pairs of tensors (images, labels), got {type(batches).__name__}")
-    parameter = next(iter(model.parameters()), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    right = total = 0
-    modes = [(layer, layer.training) for layer in model.modules()]
-    model.eval()
-    try:
-        for batch in batches:
-            images, labels = pair_of(batch)
-            logits = model(images.to(device, memory_format=torch.channels_last))
-            if not isinstance(logits, Tensor) or logits.ndim != 2:
-                got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise ValueError(f"evaluate: model must be a classifier that returns logits (N, K), got {got}")
-            right += int((logits.argmax(1) == labels.to(device)).sum())
-            total += len(labels)
-    finally:
-        for layer, training in modes:
-            layer.training = training
-    if total == 0:
-        raise ValueError("evaluate: batches must hold at least one image, got none")
-    return 100 * right / total
 
 
 def _what(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> str:

@@ -41,6 +41,22 @@ def run(suite: str, progress: Progress = QUIET, **options: Any) -> dict[str, Any
     return {"suite": suite, "environment": {**environment(), "limits": limits()}, "rows": rows}
 
 
+_LEGEND = """\
+ms: a call's median; p10-p90: its 10th and 90th percentile.
+% of floor: the time that a copy of as many bytes takes, or the matrix products at the measured rate, over ours.
+times as fast as: a peer's time over ours, so above 1 ours is the faster; peers ran in turns with ours."""
+_LEGEND_OF_STEPS = "outside convolutions: the share of the step's time that is in neither convolutions nor products."
+
+
+def legend(result: dict[str, Any]) -> str:
+    """What the columns of `lines` mean."""
+    return f"{_LEGEND}\n{_LEGEND_OF_STEPS}" if _whole_steps(result) else _LEGEND
+
+
+def _whole_steps(result: dict[str, Any]) -> bool:
+    return any("outside_convolutions" in row for row in result["rows"])
+
+
 def save(result: dict[str, Any], path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +66,7 @@ def save(result: dict[str, Any], path: str | Path) -> None:
 def lines(result: dict[str, Any]) -> list[list[str]]:
     """The rows as cells of text, the header first; the last column says how many times as fast as each peer."""
     header = ["op", "case", "dtype", "device", "backend", "pass", "ms", "p10-p90", "% of floor"]
-    whole_steps = any("outside_convolutions" in row for row in result["rows"])
+    whole_steps = _whole_steps(result)
     table = [[*header, *(["outside convolutions"] if whole_steps else []), "times as fast as"]]
     for r in result["rows"]:
         floor = "" if r["pct_of_floor"] is None else f"{r['pct_of_floor']:.0f}"

@@ -20,6 +20,7 @@ def main() -> None:
         bench.save(result, args.json)
     for line in bench.lines(result):
         sys.stdout.write("  ".join(line) + "\n")
+    sys.stdout.write(bench.legend(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The accuracy harness: methods and controls on the embedded task, paired by seed, resumable row by row.
+"""The accuracy harness: methods and controls on the embedded tasks, paired by seed, resumable row by row.
 
     python -m zsq_ext.bench.accuracy --table synq --out benchmarks/accuracy/resnet20.json --model resnet20
+    python -m zsq_ext.bench.accuracy --table detection --out benchmarks/accuracy/detection.json
 
-Every row is one quantization, evaluated on the same test images as all others. Images depend on (model, seed) and not
-on the bits, so the variants of a seed share them: what differs between two rows of a seed is what the variant names.
+A classifier's rows have its top-1, a detector's its AP at an overlap of 0.5 and over 0.5 to 0.95. Every row is one
+quantization, evaluated on the same test images as all others. Images depend on (model, seed) and not on the bits, so
+the variants of a seed share them: what differs between two rows of a seed is what the variant names.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from zsq_ext import api, methods
 from zsq_ext.bench.intervals import Interval, paired_interval
 from zsq_ext.bench.tables import TABLES, Plan, Variant, for_network
+from zsq_ext.bench.tasks import Task, TestSet
 from zsq_ext.bench.timing import environment
 from zsq_ext.core.progress import QUIET, Progress
 from zsq_ext.core.run import write_atomically
@@ -33,33 +36,9 @@ from zsq_ext.methods import controls
 from zsq_ext.methods.images import GaussianImages
 from zsq_ext.methods.job import Images, hold_out
 from zsq_ext.methods.recipe import ImageSource, Recipe
-from zsq_ext.zoo.teachers import teacher
-from zsq_ext.zoo.textured_shapes import SPEC, TEST_IMAGES, TexturedShapes
+from zsq_ext.report.result import title
 
-TASK = "textured_shapes"
 KEYS = ("task", "model", "method", "variant", "w_bits", "a_bits", "seed")
-
-
-class TestSet:
-    """The first images of a split, drawn when they are first asked for and kept as bytes."""
-
-    def __init__(
-        self,
-        count: int = TEST_IMAGES,
-        split: str = "test",
-        batch: int = 500,
-        on_draw: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.count, self.split, self.batch, self._on_draw = count, split, batch, on_draw
-
-    @cached_property
-    def _drawn(self) -> tuple[Tensor, Tensor]:
-        self._on_draw()
-        return TexturedShapes(self.split).pixels(range(self.count))
-
-    def __call__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, labels in zip(*(part.split(self.batch) for part in self._drawn), strict=True):
-            yield SPEC.normalise(pixels.float().div_(255)), labels
 
 
 def place(model: nn.Module) -> nn.Module:
@@ -78,7 +57,7 @@ class Table:
             self.rows = json.loads(path.read_text())["rows"]
 
     def find(self, **keys: Any) -> dict[str, Any] | None:
-        return next((row for row in self.rows if all(row[key] == value for key, value in keys.items())), None)
+        return next((row for row in self.rows if all(row.get(key) == value for key, value in keys.items())), None)
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends a row; one with the same keys, of an older configuration, makes room."""
@@ -106,15 +85,16 @@ def run_table(
         table: where rows go as they are finished.
         plan: the network, the variants and the bits.
         seeds: the outermost loop, so that a stopped table is still paired.
-        test: evaluated after every epoch; it chooses nothing.
+        test: of the network's task; evaluated after every epoch, it chooses nothing.
         preset: size of the runs.
         deadline: ``time.monotonic()`` after which no further row is begun.
         progress: where to report.
         config: applied to every variant's recipe, for quick tables.
     """
-    name = plan.model
-    model = place(teacher(name))
-    top1 = api.evaluate(model, test())
+    name, task = plan.model, test.task
+    task.require()
+    model = place(task.network(name))
+    teacher = {f"teacher_{figure}": value for figure, value in api.measured(model, test(), task.measure).items()}
 
     def recipe_of(variant: Variant) -> Recipe:
         recipe = methods.get(variant.method).config(preset, "repo")
@@ -127,7 +107,7 @@ def run_table(
         for variant in plan.variants:
             for w_bits, a_bits in plan.bits:
                 keys: dict[str, Any] = {
-                    "task": TASK, "model": name, "method": variant.method, "variant": variant.name,
+                    "task": task.name, "model": name, "method": variant.method, "variant": variant.name,
                     "w_bits": w_bits, "a_bits": a_bits, "seed": seed,
                 }  # fmt: skip
                 settings = recipe_of(variant)
@@ -139,30 +119,32 @@ def run_table(
                 source = _source(variant, settings)
                 for kind in (judge, source):
                     if kind not in sets:
-                        sets[kind] = _images(kind, model, judge, seed, progress)
+                        sets[kind] = _images(kind, task, model, judge, seed, progress)
                 made = sets[source].judged_on(sets[judge])
                 progress.say(f"{name} seed {seed} {variant.name} {_label(w_bits, a_bits)}")
-                table.add({**keys, "teacher_top1": top1, **_row(model, keys, settings, made, test)})
+                table.add({**keys, **teacher, **_row(model, keys, settings, made, test)})
 
 
 def _row(model: nn.Module, keys: dict[str, Any], settings: Recipe, made: _Set, test: TestSet) -> dict[str, Any]:
     begin = time.perf_counter()
     evaluating = [0.0]
 
-    def timed_test() -> Iterator[tuple[Tensor, Tensor]]:
+    def timed(network: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> dict[str, float]:
         since = time.perf_counter()
-        yield from test()
+        found = test.task.measure(network, batches)
         evaluating[0] += time.perf_counter() - since
+        return found
 
     result = api.quantize(
-        model, keys["method"], w_bits=keys["w_bits"], a_bits=keys["a_bits"], input_spec=SPEC, config=settings,
-        images=made.images, test=timed_test, seed=keys["seed"], progress=QUIET,
+        model, keys["method"], w_bits=keys["w_bits"], a_bits=keys["a_bits"], input_spec=test.task.spec, config=settings,
+        images=made.images, test=test, measure=timed, seed=keys["seed"], progress=QUIET,
     )  # fmt: skip
     seconds = time.perf_counter() - begin - evaluating[0]
+    agreement = result.quality.agreement
     return {
-        "top1_last": result.top1_last,
-        "top1_best": result.top1_best,
-        "agreement": result.quality.agreement,
+        **{f"{figure}_last": value for figure, value in result.accuracy.items()},
+        **{f"{figure}_best": value for figure, value in result.best_accuracy.items()},
+        "agreement": None if isnan(agreement) else agreement,  # None for a detector
         "seconds": round(seconds + made.seconds, 1),  # images included, evaluation not
     }
 
@@ -188,17 +170,19 @@ def _source(variant: Variant, recipe: Recipe) -> ImageSource | str:
     return own if variant.images == "own" else variant.images
 
 
-def _images(kind: ImageSource | str, model: nn.Module, judge: ImageSource, seed: int, progress: Progress) -> _Set:
+def _images(
+    kind: ImageSource | str, task: Task, model: nn.Module, judge: ImageSource, seed: int, progress: Progress
+) -> _Set:
     begin = time.perf_counter()
     if isinstance(kind, str):
         count = judge.images + judge.held_out
         # disjoint training images per seed
-        images, labels = TexturedShapes("train").images(range(seed * count, (seed + 1) * count))
-        made = hold_out(images, labels, judge.held_out)
+        images, truth = task.split("train").images(range(seed * count, (seed + 1) * count))
+        made = hold_out(images, truth if isinstance(truth, Tensor) else None, judge.held_out)
     else:
         # the name and the tuning do not matter: a recipe says how images are made
         recipe = Recipe(kind, controls.ranges_alone("smoke"))
-        made = api.synthesize(model, "synq", input_spec=SPEC, config=recipe, seed=seed, progress=progress)
+        made = api.synthesize(model, "synq", input_spec=task.spec, config=recipe, seed=seed, progress=progress)
     return _Set(made, time.perf_counter() - begin)
 
 
@@ -207,29 +191,39 @@ def _label(w_bits: int, a_bits: int | None) -> str:
 
 
 def summary(rows: list[dict[str, Any]], against: tuple[str, ...] = ("min-max", "noise")) -> str:
-    """The table as Markdown: mean top-1 of the last epoch, best epoch beside it, paired differences to controls.
+    """The table as Markdown: mean figures of the finished networks, and paired differences to controls.
+
+    Where networks were tuned by epochs, the best epoch stands beside the last one. Differences are those of the last
+    figure: of the AP over all overlaps, for a detector.
 
     Args:
-        rows: of one task.
+        rows: of any tasks.
         against: variants to subtract, seed by seed on the same test images.
     """
     lines = []
     for model in _unique(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        lines += [f"### {model}, teacher {own[0]['teacher_top1']:.2f} %", ""]
-        head = ["bits", "variant", "seeds", "last", "best", "agreement", *(f"last - {name}" for name in against), "s"]
+        figures = [key.removesuffix("_last") for key in own[0] if key.endswith("_last")]
+        by_epochs = any(f"{figures[0]}_best" in row for row in own)
+        teacher = ", ".join(f"{title(name)} {own[0][f'teacher_{name}']:.2f} %" for name in figures)
+        lines += [f"### {model}, teacher {teacher}", ""]
+        head = ["bits", "variant", "seeds"]
+        for name in figures:
+            head += [f"{title(name)} last", f"{title(name)} best"] if by_epochs else [title(name)]
+        head += ["agreement", *(f"{title(figures[-1])} - {name}" for name in against), "s"]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for bits in _unique((row["w_bits"], row["a_bits"]) for row in own):
             group = [row for row in own if (row["w_bits"], row["a_bits"]) == bits]
             for variant in _unique(row["variant"] for row in group):
-                lines.append("| " + " | ".join(_cells(group, variant, bits, against)) + " |")
+                cells = [_label(*bits), variant, *_cells(group, variant, figures, by_epochs, against)]
+                lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def differences(rows: list[dict[str, Any]], first: str, second: str) -> Interval | None:
-    """Paired last-epoch differences of two variants over the seeds both have; None with fewer than two."""
-    by_seed = [{r["seed"]: r["top1_last"] for r in rows if r["variant"] == name} for name in (first, second)]
+def differences(rows: list[dict[str, Any]], first: str, second: str, figure: str = "top1") -> Interval | None:
+    """Paired differences of two variants over the seeds both have; None with fewer than two."""
+    by_seed = [{r["seed"]: r[f"{figure}_last"] for r in rows if r["variant"] == name} for name in (first, second)]
     seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
     if first == second or len(seeds) < 2:
         return None
@@ -237,24 +231,22 @@ def differences(rows: list[dict[str, Any]], first: str, second: str) -> Interval
 
 
 def _cells(
-    group: list[dict[str, Any]], variant: str, bits: tuple[int, int | None], against: tuple[str, ...]
+    group: list[dict[str, Any]], variant: str, figures: list[str], by_epochs: bool, against: tuple[str, ...]
 ) -> list[str]:
     own = [row for row in group if row["variant"] == variant]
-    mean = {
-        key: statistics.fmean(row[key] for row in own) for key in ("top1_last", "top1_best", "agreement", "seconds")
-    }
-    spread = statistics.stdev(row["top1_last"] for row in own) if len(own) > 1 else 0.0
-    compared = [differences(group, variant, other) for other in against]
-    return [
-        _label(*bits),
-        variant,
-        str(len(own)),
-        f"{mean['top1_last']:.2f} ± {spread:.2f}",
-        f"{mean['top1_best']:.2f}",
-        f"{mean['agreement']:.1f}",
-        *("" if interval is None else str(interval) for interval in compared),
-        f"{mean['seconds']:.0f}",
-    ]
+    cells = [str(len(own))]
+    for name in figures:
+        last = [row[f"{name}_last"] for row in own]
+        spread = statistics.stdev(last) if len(last) > 1 else 0.0
+        cells.append(f"{statistics.fmean(last):.2f} ± {spread:.2f}")
+        if by_epochs:  # what was not tuned has one value
+            best = [row.get(f"{name}_best", row[f"{name}_last"]) for row in own]
+            cells.append(f"{statistics.fmean(best):.2f}")
+    agreements = [row["agreement"] for row in own if row["agreement"] is not None]
+    cells.append(f"{statistics.fmean(agreements):.1f}" if agreements else "")
+    compared = [differences(group, variant, other, figures[-1]) for other in against]
+    cells += ["" if interval is None else str(interval) for interval in compared]
+    return [*cells, f"{statistics.fmean(row['seconds'] for row in own):.0f}"]
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
@@ -263,18 +255,20 @@ def _unique(values: Iterable[Any]) -> list[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--table", choices=TABLES, required=True, help="the method that the table is about")
+    parser.add_argument("--table", choices=TABLES, required=True, help="what the table is about")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that it holds are not run again")
     parser.add_argument("--model", action="append", help="only this network; all of the table by default")
     parser.add_argument("--seeds", type=int, nargs="*", help="only these seeds, to share a table among processes")
-    parser.add_argument("--images", type=int, default=TEST_IMAGES, help="test images")
+    parser.add_argument("--images", type=int, help="only so many test images")
     parser.add_argument("--minutes", type=float, help="begin no further row after this long")
     args = parser.parse_args()
     command = "python -m zsq_ext.bench.accuracy " + " ".join(sys.argv[1:])
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    table, test, progress = Table(args.out, command), TestSet(args.images), Progress()
+    table, progress = Table(args.out, command), Progress()
     plans = [plan for plan in TABLES[args.table] if args.model is None or plan.model in args.model]
+    tests = {plan.task: TestSet(args.images, task=plan.task) for plan in plans}
     for plan in plans:
+        test = tests[plan.task]
         seeds = tuple(seed for seed in range(plan.seeds) if args.seeds is None or seed in args.seeds)
         run_table(table, plan, seeds, test, deadline=deadline, progress=progress)
     sys.stdout.write(summary(table.rows, tuple(plans[0].variants[i].name for i in range(3)) if plans else ()))

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from zsq_ext import api
-from zsq_ext.bench.accuracy import TestSet, place
+from zsq_ext.bench.accuracy import place
+from zsq_ext.bench.tasks import TestSet
 from zsq_ext.core import machine
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.steps import Diverged

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from zsq_ext.bench import dgh_step, timing
@@ -170,9 +169,7 @@ class _OneModule:
 
 def outside_convolutions(step: Callable[[], Any], device: str) -> float:
     """The share of a step's own time that is not in convolutions and matrix products, 0 to 1."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=activities) as profiler:
-        step()
+    profiler = timing.profiled(step, device)
     total = matrix = 0.0
     for event in profiler.key_averages():
         own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total

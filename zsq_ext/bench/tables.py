@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zsq_ext.methods import synq
+from zsq_ext.methods.alternating import Distilling
 from zsq_ext.methods.dgh import DghImages
 from zsq_ext.methods.images import PixelImages
-from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, LowPass, Perturb, SoftLabels
 
@@ -29,7 +29,7 @@ def with_ideas(change: Callable[[tuple[Idea, ...]], tuple[Idea, ...]]) -> Callab
 
     def changed(recipe: Recipe) -> Recipe:
         tune = recipe.tune
-        if not isinstance(tune, Qat):
+        if not isinstance(tune, Distilling):
             raise TypeError(f"accuracy: ideas must belong to a fine-tuning, got {type(tune).__name__}")
         distill = replace(tune.distill, ideas=change(tune.distill.ideas))
         return replace(recipe, tune=replace(tune, distill=distill))
@@ -100,7 +100,7 @@ DGH_VARIANTS = (
 )
 DGH_ABLATIONS = (
     Variant("DGH, statistics of each batch", "dgh", change=with_images(granularity="batch")),
-    Variant("DGH - smoothing", "dgh", change=with_images(sigma=None)),
+    Variant("DGH, smoothed as at 224 px", "dgh", change=with_images(sigma=1.25)),
     Variant("DGH - stretching", "dgh", change=with_images(output=0.0)),
 )
 
@@ -113,9 +113,10 @@ class Plan:
     variants: tuple[Variant, ...]
     bits: tuple[tuple[int, int | None], ...]
     seeds: int
+    task: str = "textured_shapes"
 
 
-W4A4, W3A3, W4, W3 = (4, 4), (3, 3), (4, None), (3, None)
+W4A4, W3A3, W3, W8A8, W4A8 = (4, 4), (3, 3), (3, None), (8, 8), (4, 8)
 
 TABLES = {
     "synq": (
@@ -124,9 +125,10 @@ TABLES = {
         Plan("mobilenet_small", VARIANTS, (W4A4, W3A3), 5),
     ),
     "dgh": (
-        Plan("resnet20", DGH_VARIANTS, (W4A4, W3A3, W4, W3), 5),
-        Plan("resnet20", DGH_ABLATIONS, (W4A4, W3A3), 5),
+        Plan("resnet20", DGH_VARIANTS, (W4A4, W3A3, W3), 5),
+        Plan("resnet20", DGH_ABLATIONS, (W3A3,), 5),
         Plan("mobilenet_small", DGH_VARIANTS, (W4A4, W3A3), 3),
     ),
+    "detection": (Plan("fpn_small", DGH_VARIANTS, (W8A8, W4A8), 3, "shape_scenes"),),
 }
-"""The plans of a table by the method it is about; the differences are taken to that method and its controls."""
+"""The plans of a table by what it is about; differences are taken to the first plan's first three variants."""

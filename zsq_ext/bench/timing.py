@@ -155,11 +155,19 @@ def limits() -> dict[str, dict[str, float]]:
     return {d: {"copy_gb_s": copy_bandwidth(d) / 1e9, "matmul_gflop_s": matmul_rate(d) / 1e9} for d in devices}
 
 
+def profiled(function: Callable[[], Any], device: str, memory: bool = False) -> Any:
+    """A call under torch's profiler, which is kept from printing its own progress; `memory`: what it allocates too."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when a process first profiles
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities, profile_memory=memory) as profiler:
+        function()
+    return profiler
+
+
 def peak_mb(function: Callable[[], Any], device: str) -> float:
     """What a call allocates beyond what was there, at its peak; on the CPU the tensors that torch's profiler sees."""
     if device != "cuda":
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            function()
+        profiler = profiled(function, device, memory=True)
         events = profiler.profiler.kineto_results.events()
         held = itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]")
         return max(held, default=0) / 2**20

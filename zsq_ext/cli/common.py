@@ -26,12 +26,25 @@ def on_stop(context: typer.Context, words: Callable[[], str]) -> None:
     context.meta[_ON_STOP] = words
 
 
+_UsageError: Any = typer.BadParameter.__base__  # click's, which typer keeps to itself
+
+
 class Commands(TyperGroup):
     """Errors that say what to change end in one line and exit code 2, Ctrl-C in one line and exit code 130."""
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if not args:  # that shows the help
+            return super().make_context(info_name, args, parent, **extra)
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except _UsageError as error:
+            raise _refusal(error) from None
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except _UsageError as error:
+            raise _refusal(error) from None
         except KeyboardInterrupt:
             words = ctx.meta.get(_ON_STOP, lambda: "stopped")
             typer.echo(f"zsq: {words()}", err=True)
@@ -43,6 +56,12 @@ class Commands(TyperGroup):
                 raise
             typer.echo(f"zsq: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
+
+
+def _refusal(error: Any) -> typer.Exit:
+    """A wrong option or argument, in one line instead of a box."""
+    typer.echo(f"zsq: {' '.join(error.format_message().split())}", err=True)
+    return typer.Exit(2)
 
 
 def _explains_itself(error: Exception) -> bool:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from zsq_ext import api
+from zsq_ext.bench.tasks import TASKS, Task, TestSet, task_of
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.run import load_tensors
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.job import Images
 from zsq_ext.tune.ideas import BY_NAME, Idea
-from zsq_ext.zoo import small_nets, teachers, textured_shapes, torchvision_nets
+from zsq_ext.zoo import small_detector, small_nets, torchvision_nets
 from zsq_ext.zoo.adapters import load_checkpoint
 from zsq_ext.zoo.datasets import ImageSet, cifar10, cifar100, imagenet_folder, imagenet_spec
 
@@ -43,7 +44,9 @@ LARGE: dict[str, Callable[..., nn.Module]] = {
     "vgg16_bn": torchvision_nets.vgg16_bn,
 }
 """Networks for ImageNet's 224 x 224 images."""
-ZOO = {**SMALL, **LARGE}
+DETECTORS: dict[str, Callable[..., nn.Module]] = {"fpn_small": small_detector.fpn_small}
+"""Networks for 64 x 64 images that return raw heads."""
+ZOO = {**SMALL, **LARGE, **DETECTORS}
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Data:
-    """Labelled images to measure accuracy on: afresh at every call."""
+    """Images to measure on, afresh at every call, and how that is done."""
 
     name: str
     spec: InputSpec
     count: int
-    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    batches: Callable[[], Iterator[tuple[Tensor, Any]]]
+    measure: api.Measure = api.top1
 
 
 def network(
@@ -80,7 +84,7 @@ def network(
     """The network that ``--model`` and its companions name.
 
     Args:
-        text: an embedded teacher, a network of the zoo, with arguments if it takes any
+        text: an embedded teacher or detector, a network of the zoo, with arguments if it takes any
             (``resnet50(stride_in_1x1=True)``), or ``path.py:function``, a function without arguments that builds one.
         weights: a checkpoint; an embedded teacher comes with its own.
         data: test data; its normalisation is the network's.
@@ -91,9 +95,10 @@ def network(
     Raises:
         ValueError: an option is missing, malformed or does not fit the others.
     """
-    if weights is None and text in teachers.NAMES and (data is None or data.spec == textured_shapes.SPEC):
-        _refuse_another_input(text, input_shape, mean, std, num_classes)
-        return Network(text, teachers.teacher(text), textured_shapes.SPEC)
+    task = task_of(text)
+    if weights is None and task is not None and (data is None or data.spec == task.spec):
+        _refuse_another_input(text, task, input_shape, mean, std, num_classes)
+        return Network(text, task.network(text), task.spec)
     found = re.fullmatch(r"(.+\.py):(\w+)", text)
     name, positional, named = (Path(found[1]).stem, [], {}) if found else parse_call(text, "--model")
     if not found and name not in ZOO:
@@ -103,11 +108,8 @@ def network(
         model = _from_file(Path(found[1]), found[2])
     else:
         if weights is None and needs_weights:
-            shipped = " and ".join(teachers.NAMES)
-            raise ValueError(
-                f"--weights must name a checkpoint for {name}; only {shipped} have weights of their own, and those "
-                "know textured_shapes alone"
-            )
+            shipped = ", ".join(f"{' and '.join(own.networks)} on {own.name}" for own in TASKS.values())
+            raise ValueError(f"--weights must name a checkpoint for {name}; weights ship only for {shipped}")
         if spec.num_classes is not None:
             named.setdefault("num_classes", spec.num_classes)
         try:
@@ -124,7 +126,7 @@ def network(
 
 
 def data_set(text: str, progress: Progress, limit: int | None = None) -> Data:
-    """The test images that ``--data`` names: textured_shapes, cifar10:DIR, cifar100:DIR or imagenet:DIR.
+    """The test images that ``--data`` names: an embedded task, cifar10:DIR, cifar100:DIR or imagenet:DIR.
 
     Args:
         text: the option's value.
@@ -134,20 +136,22 @@ def data_set(text: str, progress: Progress, limit: int | None = None) -> Data:
     Raises:
         ValueError: no such data set, or the option is malformed.
         FileNotFoundError: the folder does not hold it.
+        ImportError: what measuring on it needs is not installed.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--test-images must be at least 1, got {limit}")
     name, _, place = text.partition(":")
     readers: dict[str, Callable[[str], ImageSet]]
     readers = {"cifar10": cifar10, "cifar100": cifar100, "imagenet": imagenet_folder}
-    if name == "textured_shapes" and not place:
-        from zsq_ext.bench.accuracy import TestSet
-
-        count = min(limit or textured_shapes.TEST_IMAGES, textured_shapes.TEST_IMAGES)
-        test = TestSet(count, batch=BATCH, on_draw=lambda: progress.say(f"drawing {count} test images"))
-        return Data(name, textured_shapes.SPEC, count, test)
+    if name in TASKS and not place:
+        task = TASKS[name]
+        task.require()
+        count = min(limit or task.test_images, task.test_images)
+        test = TestSet(count, batch=BATCH, on_draw=lambda: progress.say(f"drawing {count} test images"), task=name)
+        return Data(name, task.spec, count, test, task.measure)
     if name not in readers or not place:
-        raise ValueError(f"--data must be textured_shapes or {', '.join(f'{n}:DIR' for n in readers)}, got {text!r}")
+        known = ", ".join([*TASKS, *(f"{n}:DIR" for n in readers)])
+        raise ValueError(f"--data must be one of {known}, got {text!r}")
     images = readers[name](place)
     count = min(limit or len(images), len(images))
 
@@ -192,12 +196,12 @@ def quantized(path: Path, model: nn.Module) -> nn.Module:
         ) from error
 
 
-def watched(data: Data, title: str, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+def watched(data: Data, title: str, progress: Progress) -> Iterator[tuple[Tensor, Any]]:
     """The test batches once, with a progress bar."""
     with progress.stage(title, data.count) as stage:
-        for images, labels in data.batches():
-            yield images, labels
-            stage.advance(len(labels))
+        for images, truth in data.batches():
+            yield images, truth
+            stage.advance(len(images))
 
 
 def idea(text: str) -> Idea:
@@ -236,14 +240,13 @@ def parse_call(text: str, option: str) -> tuple[str, list[Any], dict[str, Any]]:
     raise ValueError(f"{option} must be a name, with literal arguments in parentheses if any, got {text[:80]!r}")
 
 
-def bits(text: str) -> int | None:
-    """A number of bits, or ``none``."""
-    if text.lower() == "none":
-        return None
+def bits(text: str, option: str) -> int:
+    """A number of bits; that it is one of 2 to 8 is for ``QConfig`` to say."""
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"--a-bits must be an integer from 2 to 8 or none, got {text!r}") from None
+        or_none = " or none" if option == "--a-bits" else ""
+        raise ValueError(f"{option} must be an integer from 2 to 8{or_none}, got {text!r}") from None
 
 
 def device(text: str | None) -> torch.device:
@@ -262,10 +265,10 @@ def device(text: str | None) -> torch.device:
 
 
 def _refuse_another_input(
-    name: str, input_shape: str | None, mean: str | None, std: str | None, num_classes: int | None
+    name: str, task: Task, input_shape: str | None, mean: str | None, std: str | None, num_classes: int | None
 ) -> None:
-    """An embedded teacher's input is known; options may repeat it, not change it."""
-    spec = textured_shapes.SPEC
+    """An embedded network's input is known; options may repeat it, not change it."""
+    spec = task.spec
     wanted = {
         "--input-shape": (input_shape, spec.shape),
         "--mean": (mean, spec.mean),
@@ -275,7 +278,7 @@ def _refuse_another_input(
     for option, (given, known) in wanted.items():
         if given is not None and _numbers(given, option, float) != known:
             expected = ",".join(map(str, known))
-            raise ValueError(f"{option} must be {expected} for the embedded teacher {name}, got {given}")
+            raise ValueError(f"{option} must be {expected} for the embedded {name}, got {given}")
 
 
 def _spec(
@@ -295,9 +298,10 @@ def _spec(
         spec = imagenet_spec
         num_classes = num_classes or spec.num_classes
     else:
-        if input_shape is None and name not in SMALL:
+        side = 32 if name in SMALL else 64 if name in DETECTORS else None
+        if input_shape is None and side is None:
             raise ValueError("--input-shape must be given where no --data says it, such as 3,32,32")
-        shape = (3, 32, 32) if input_shape is None else _numbers(input_shape, "--input-shape", int)
+        shape = (3, side, side) if input_shape is None else _numbers(input_shape, "--input-shape", int)
         spec = InputSpec(
             shape,
             mean=_numbers(mean, "--mean", float) if mean is not None else (),

@@ -15,16 +15,17 @@ def ops(json: Json = None) -> None:
     """Shows every op and which backend runs it here, and why a backend is missing."""
     import torch
 
-    import zsq_ext.ops  # noqa: F401  # defines the ops
-    from zsq_ext.ops import backend
+    from zsq_ext.ops import PUBLIC, backend
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def runs(name: str, op: str) -> bool:
+    def runs(name: str, op: str | None) -> bool:
+        if op is None:  # PyTorch's own operators, whichever backend is in force
+            return backend.missing(name) is None
         place = "cpu" if name == "cpu" else device
         return backend.reason_against(name, op, place, torch.float32) is None
 
-    found = {op: {name: runs(name, op) for name in backend.NAMES} for op in backend.OPS}
+    found = {op: {name: runs(name, registered) for name in backend.NAMES} for op, registered in PUBLIC.items()}
     missing = {name: reason for name, reason in backend.backends().items() if reason is not None}
     write_json(json, {"ops": found, "missing": missing})
     if to_stdout(json):
@@ -84,8 +85,7 @@ def bench(
         return
     header, *rows = benches.lines(result) if compared is None else compared.lines()
     table(header, rows)
-    if compared is not None:
-        typer.echo(str(compared))
+    typer.echo(benches.legend(result) if compared is None else str(compared))
 
 
 def _result(path: Path) -> Any:

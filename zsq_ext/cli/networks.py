@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Option(
-        help="An embedded teacher (resnet20, mobilenet_small), a network of the zoo such as resnet18 or "
-        "'resnet50(stride_in_1x1=True)', or path.py:function."
+        help="An embedded teacher (resnet20, mobilenet_small) or detector (fpn_small), a network of the zoo such as "
+        "resnet18 or 'resnet50(stride_in_1x1=True)', or path.py:function."
     ),
 ]
-Weights = Annotated[Path | None, typer.Option(help="A checkpoint; the embedded teachers bring theirs.")]
-DataName = Annotated[
-    str | None, typer.Option("--data", help="Test images: textured_shapes, cifar10:DIR, cifar100:DIR, imagenet:DIR.")
-]
+Weights = Annotated[Path | None, typer.Option(help="A checkpoint; the embedded networks bring theirs.")]
+_DATA_SETS = "Test images: textured_shapes, shape_scenes (for detectors), cifar10:DIR, cifar100:DIR, imagenet:DIR."
+DataName = Annotated[str | None, typer.Option("--data", help=_DATA_SETS)]
 TestImages = Annotated[int | None, typer.Option(help="Measure on the first so many test images; all by default.")]
 InputShape = Annotated[str | None, typer.Option(help="C,H,W of an image, where --data does not say it.")]
 Mean = Annotated[str | None, typer.Option(help="The input's mean per channel, such as 0.485,0.456,0.406.")]
@@ -42,7 +41,7 @@ def quantize(
     model: Model,
     weights: Weights = None,
     method: Method = "synq",
-    w_bits: Annotated[int, typer.Option(help="Bits of the weights, 2 to 8.")] = 4,
+    w_bits: Annotated[str, typer.Option(help="Bits of the weights, 2 to 8.")] = "4",
     a_bits: Annotated[str, typer.Option(help="Bits of the activations, 2 to 8, or none.")] = "4",
     input_shape: InputShape = None,
     mean: Mean = None,
@@ -81,19 +80,20 @@ def quantize(
     progress = Progress(quiet=quiet)
     if test_images is not None and data is None:
         raise ValueError(f"--test-images must come with --data, got {test_images} alone")
-    activations = inputs.bits(a_bits)
+    weight_bits = inputs.bits(w_bits, "--w-bits")
+    activations = None if a_bits.lower() == "none" else inputs.bits(a_bits, "--a-bits")
     ideas = tuple(inputs.idea(text) for text in idea or ())
     tested = None if data is None else inputs.data_set(data, progress, test_images)
     network = inputs.network(
         model, weights=weights, data=tested, input_shape=input_shape, mean=mean, std=std, num_classes=num_classes
     )
-    label = f"W{w_bits}" + ("" if activations is None else f"A{activations}")
+    label = f"W{weight_bits}" + ("" if activations is None else f"A{activations}")
     folder = out or Path("runs") / f"{network.name}-{method}-{label}-{preset}-seed{seed}"
     _resumable(ctx, folder)
     result = api.quantize(
         network.model,
         method,
-        w_bits=w_bits,
+        w_bits=weight_bits,
         a_bits=activations,
         input_spec=network.spec,
         preset=preset,
@@ -106,6 +106,7 @@ def quantize(
         w_range=w_range,
         images=None if images is None else inputs.images(images),
         test=None if tested is None else tested.batches,
+        measure=None if tested is None else tested.measure,
         seed=seed,
         device=inputs.device(device),
         out=folder,
@@ -182,7 +183,7 @@ def synthesize(
 
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(help="Test images: textured_shapes, cifar10:DIR, cifar100:DIR, imagenet:DIR.")],
+    data: Annotated[str, typer.Option(help=_DATA_SETS)],
     weights: Weights = None,
     quantized: Annotated[Path | None, typer.Option(help="What quantize wrote, model.safetensors.")] = None,
     test_images: TestImages = None,
@@ -190,12 +191,13 @@ def evaluate(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measures top-1 accuracy: of the float network, and of a quantized one made from it."""
+    """Measures top-1, or a detector's AP: of the float network, and of a quantized one made from it."""
     import torch
 
     from zsq_ext import api
     from zsq_ext.cli import inputs
     from zsq_ext.core.progress import Progress
+    from zsq_ext.report.result import title
 
     check_writable("--json", json)
     progress, place = Progress(quiet=quiet), inputs.device(device)
@@ -209,15 +211,20 @@ def evaluate(
     model_there = network.model.to(device=place)
     if quantized is not None:
         networks["quantized"] = inputs.quantized(quantized, model_there)
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name, module in networks.items():
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        found[name] = api.evaluate(module, inputs.watched(tested, f"testing {name}", progress))
-    facts = {"model": network.name, "data": tested.name, "test_images": tested.count, "top1": found}
-    write_json(json, facts)
+        batches = inputs.watched(tested, f"testing {name}", progress)
+        for figure, value in api.measured(module, batches, tested.measure).items():
+            found.setdefault(figure, {})[name] = value
+    write_json(json, {"model": network.name, "data": tested.name, "test_images": tested.count, **found})
     if not to_stdout(json):
-        rows = [[f"{network.name}, {name}", f"{top1:.2f}", str(tested.count)] for name, top1 in found.items()]
-        table([tested.name, "top-1 (%)", "images"], rows, numeric=True)
+        titles = [f"{title(figure)} (%)" for figure in found]
+        rows = [
+            [f"{network.name}, {name}", *(f"{values[name]:.2f}" for values in found.values()), str(tested.count)]
+            for name in networks
+        ]
+        table([tested.name, *titles, "images"], rows, numeric=True)
 
 
 def _resumable(ctx: typer.Context, folder: Path) -> None:
@@ -232,20 +239,24 @@ def _resumable(ctx: typer.Context, folder: Path) -> None:
 
 
 def _facts(name: str, result: Result, folder: Path, tested: Any) -> dict[str, Any]:
-    accuracy = None
-    if tested is not None:
-        accuracy = {
+    """For JSON: every measured figure of the teacher and of the network, and of its best epoch if there were any."""
+    measured = {
+        figure: {
             "data": tested.name,
             "test_images": tested.count,
-            "teacher": result.teacher_top1,
-            "last": result.top1_last,
-            "best": result.top1_best,
+            "teacher": result.teacher_accuracy[figure],
+            "last": value,
+            "best": result.best_accuracy.get(figure),
         }
+        for figure, value in result.accuracy.items()
+        if tested is not None
+    }
     return {
         "model": name,
         **{key: result.config.get(key) for key in ("method", "preset", "profile", "seed")},
         "bits": result.qconfig.label,
-        "top1": accuracy,
+        "tuning": result.tuning,
+        **measured,
         "quality": result.quality.to_dict(),
         "seconds": result.seconds,
         "out": str(folder),
@@ -253,11 +264,16 @@ def _facts(name: str, result: Result, folder: Path, tested: Any) -> dict[str, An
 
 
 def _show(method: str, result: Result) -> None:
-    quality = result.quality
-    rows: list[tuple[str, float | None, str]] = [
-        ("top-1, teacher (%)", result.teacher_top1, ".2f"),
-        ("top-1, last epoch (%)", result.top1_last, ".2f"),
-        ("top-1, best epoch (%)", result.top1_best, ".2f"),
+    from zsq_ext.report.result import summary, title
+
+    quality, by_epochs = result.quality, bool(result.best_accuracy)
+    rows: list[tuple[str, float | None, str]] = []
+    for figure, value in result.accuracy.items():
+        words = title(figure)
+        rows.append((f"{words}, teacher (%)", result.teacher_accuracy.get(figure), ".2f"))
+        rows.append((f"{words}, last epoch (%)" if by_epochs else f"{words}, quantized (%)", value, ".2f"))
+        rows.append((f"{words}, best epoch (%)", result.best_accuracy.get(figure), ".2f"))
+    rows += [
         ("agreement with the teacher (%)", quality.agreement, ".2f"),
         ("KL(teacher || student)", quality.kl, ".4g"),
         *((f"SQNR of {path or 'the output'} (dB)", db, ".1f") for path, db in quality.outputs_db.items()),
@@ -265,3 +281,4 @@ def _show(method: str, result: Result) -> None:
     ]
     shown = [[name, format(value, form)] for name, value, form in rows if value is not None and not isnan(value)]
     table([method, result.qconfig.label], shown, numeric=True)
+    typer.echo(summary(result))

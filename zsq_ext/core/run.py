@@ -51,6 +51,7 @@ class Run:
         since: float | None = None,
     ) -> None:
         self._since, self._before = time.perf_counter() if since is None else since, 0.0
+        self._finished = False
         self.config = json.loads(json.dumps(config, sort_keys=True))
         self.digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
         self.checkpoint_seconds = _seconds_of_environment() if checkpoint_seconds is None else checkpoint_seconds
@@ -70,7 +71,7 @@ class Run:
             raise ValueError(f"run: out must be a folder that can be written, got {self.folder}: {error}") from error
         if held.exists():
             self._check_same(held, resume)
-            self._before = self._seconds_before()
+            self._before, self._finished = self._seconds_before()
         else:
             self._check_empty()
             self.write_json(CONFIG, {"digest": self.digest, "config": self.config})
@@ -103,15 +104,24 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """The time this run took so far: of this call, and of those before it as far as their work was kept."""
-        return self._before + time.perf_counter() - self._since
+        """The time this run took so far: of this call, and of those before it as far as their work was kept.
 
-    def _seconds_before(self) -> float:
+        Of a finished run, what it took until it was: to look at it again is no part of it.
+        """
+        return self._before + (0.0 if self._finished else time.perf_counter() - self._since)
+
+    def finish(self, seconds: float) -> None:
+        """Everything is kept, after so many seconds; nothing without a folder."""
+        self._before, self._finished = seconds, True
+        self.write_json(SECONDS, {"seconds": seconds, "finished": True})
+
+    def _seconds_before(self) -> tuple[float, bool]:
         try:
-            found = float(json.loads((self.folder or Path()).joinpath(SECONDS).read_text())["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0.0  # of a run that was killed before it kept anything
-        return found if math.isfinite(found) else 0.0
+            kept = json.loads((self.folder or Path()).joinpath(SECONDS).read_text())
+            found, finished = float(kept["seconds"]), kept.get("finished") is True
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return 0.0, False  # of a run that was killed before it kept anything
+        return (found, finished) if math.isfinite(found) else (0.0, False)
 
     def path(self, name: str) -> Path | None:
         """The path of a file in the folder, or None without a folder."""
@@ -127,7 +137,8 @@ class Run:
         """Writes ``<name>.safetensors`` with ``info`` in its header; nothing without a folder."""
         if self.folder is not None:
             save_tensors(self.folder / f"{name}.safetensors", tensors, {"digest": self.digest, **(info or {})})
-            self.write_json(SECONDS, {"seconds": self.seconds})
+            if not self._finished:
+                self.write_json(SECONDS, {"seconds": self.seconds})
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What ``save`` wrote under that name, or None if there is nothing.

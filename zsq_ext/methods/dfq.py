@@ -14,11 +14,11 @@ from torch import Tensor, fx
 from zsq_ext.core.check import require
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.images import GaussianImages
-from zsq_ext.methods.job import Images, Job, Outcome
-from zsq_ext.methods.recipe import Recipe
+from zsq_ext.methods.job import Job, Outcome
+from zsq_ext.methods.recipe import ImageSource, Recipe, images_of
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import plan
-from zsq_ext.tune.dfq import DfqConfig, check_ranges, dfq
+from zsq_ext.tune.dfq import DfqConfig, check_ranges, dfq, rewrite
 
 RANGES = ("batch_norms", "images")
 
@@ -40,26 +40,41 @@ class Dfq:
         for name in ("batch", "batches"):
             require("Dfq", name, getattr(self, name), getattr(self, name) >= 1, "be at least 1")
 
-    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool = False) -> None:
+    @property
+    def title(self) -> str:
+        return "weights equalised, biases corrected"
+
+    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, source: ImageSource | None) -> None:
         """Refuses what cannot be run, before any work begins.
 
         Raises:
             ValueError: ranges should come from the batch norms, and they do not tell them all.
         """
+        if source is not None:
+            source.check(teacher, spec)
         plan(teacher, qconfig)
         if self.ranges == "batch_norms":
             check_ranges(teacher, qconfig)
 
-    def run(self, job: Job, images: Images) -> Outcome:
-        """Rewrites and quantizes; the images serve the ranges, if that is asked for."""
-        self.check(job.teacher, job.spec, job.qconfig)
+    def run(self, job: Job, source: ImageSource) -> Outcome:
+        """Rewrites and quantizes; images serve the ranges, if that is asked for, and otherwise only to judge by."""
+        images = images_of(job, source)
         shown: tuple[Tensor, ...] = ()
         if self.ranges == "images":
             first = images.images[: self.batch * self.batches]
             shown = tuple(b.contiguous(memory_format=torch.channels_last) for b in first.split(self.batch))
-        student = dfq(job.teacher, job.qconfig, self.config, images=shown, image_range=image_range(job.spec))
-        evaluations = [] if job.evaluate is None else [{"epoch": 0, **job.evaluate(student)}]
-        return Outcome(student, images, {}, evaluations, epochs=0)
+        else:
+            images = images.unused()
+        rewritten = rewrite(job.teacher, self.config)
+        student = dfq(
+            job.teacher,
+            job.qconfig,
+            self.config,
+            images=shown,
+            image_range=image_range(job.spec),
+            rewritten=rewritten,
+        )
+        return Outcome(student, images, {}, reference=rewritten.network)
 
 
 def config(preset: str, profile: str) -> Recipe:

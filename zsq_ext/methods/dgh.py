@@ -48,21 +48,18 @@ class DghImages:
         """Refuses, before any work begins, what images cannot be made for.
 
         Raises:
-            ValueError: the teacher has no batch norm, an output without a head to stretch, or another input.
+            ValueError: the teacher has no batch norm, or an output without a head to stretch.
         """
         if not batch_norms(teacher):
             raise ValueError(
                 "DghImages: the model must have batch norms with running statistics to make images from, got none; "
                 "pass the checkpoint from before they were folded"
             )
-        shape = tuple(next(n for n in teacher.graph.nodes if n.op == "placeholder").meta["val"].shape[1:])
-        require("DghImages", "spec.shape", spec.shape, spec.shape == shape, f"be {shape} as the captured model's input")
         if self.output > 0:
             heads(teacher)
 
     def make(self, job: Job) -> Images:
         """All images jointly, those held out too; labels are what the teacher predicts."""
-        self.check(job.teacher, job.spec)
         teacher = SetTeacher(
             job.teacher,
             heads=heads(job.teacher) if self.output > 0 else (),
@@ -98,15 +95,14 @@ def images(preset: str, profile: str) -> DghImages:
 
 _IMAGENET = DghImages()
 
-# ours: a border in the proportion of ImageNet's; nothing else is published for 32 pixels
-_CIFAR = replace(_IMAGENET, stored=StoredConfig(border=4))
+# Ours: border and smoothing in the proportion of ImageNet's; nothing is published for 32 pixels. Of a Gaussian of 1.25
+# pixels at 256, 0.16 are left at 32, which its 3 x 3 taps cannot tell from none; the published one, taken as it is,
+# removes the octave that a small image lives by (benchmarks/accuracy).
+_CIFAR = replace(_IMAGENET, stored=StoredConfig(border=4, sigma=None))
 
-# Ours: 45 s on one core for the embedded ResNet-20. Chosen by the set's distance from what the teacher has stored
-# (synth.distance, mean over the layers: means in standard deviations, then relative standard deviations):
-#   smoothed Gaussian noise 0.23, 0.42; real images 0.008, 0.010; this 0.065, 0.051; with 50 iterations 0.097, 0.071.
-# On 128 images, 50 iterations: the published rate of 16 with a patience of 2: 0.088, 0.064; with 3: 0.094, 0.069;
-# a rate of 8 with 4: 0.101, 0.074; 4 with 6: 0.117, 0.075; 2 with 6: 0.105, 0.064.
-_SMOKE = replace(_CIFAR, images=256, held_out=64, stored=StoredConfig(batch=160, iterations=60, border=4, patience=2))
+# Ours: 75 s on one idle core for the embedded ResNet-20. Chosen on its validation stream: with 60, 120 and 200
+# iterations (patience 2, 3, 4) W3A3 came to 64.2, 72.7 and 83.8 %, real images to 84.8, Gaussian noise to 69.7.
+_SMOKE = replace(_CIFAR, images=256, held_out=64, stored=replace(_CIFAR.stored, batch=160, iterations=200, patience=4))
 
 _PRESETS = {"smoke": _SMOKE, "cifar": _CIFAR, "imagenet": _IMAGENET}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from zsq_ext.core.check import require
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.run import Run
 from zsq_ext.core.spec import InputSpec
@@ -18,7 +19,11 @@ from zsq_ext.quant.config import QConfig
 
 @dataclass(frozen=True)
 class Job:
-    """What a method is given: the captured teacher, what is asked for, and where to work."""
+    """What a method is given: the captured teacher, what is asked for, and where to work.
+
+    Raises:
+        ValueError: ``spec`` describes another input than the teacher was captured with.
+    """
 
     run: Run
     teacher: fx.GraphModule
@@ -28,6 +33,12 @@ class Job:
     progress: Progress
     evaluate: Callable[[fx.GraphModule], dict[str, Any]] | None = None
     given: Images | None = None  # used instead of making images
+
+    def __post_init__(self) -> None:
+        entry = next(node for node in self.teacher.graph.nodes if node.op == "placeholder")
+        shape = tuple(entry.meta["val"].shape[1:])
+        holds = self.spec.shape == shape
+        require("Job", "spec.shape", self.spec.shape, holds, f"be {shape} as the captured model's input")
 
     def stage(self, name: str) -> Stage:
         """A named part of the run."""
@@ -65,6 +76,13 @@ class Images:
         """What a file of images holds: no labels where there are none."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
+    def unused(self) -> Images:
+        """The same set where nothing was tuned on it: all that there is to judge by is what was not made for tuning."""
+        judges, labels = self.held_out, self.held_out_labels
+        if len(judges) == 0:
+            judges, labels = self.images[:256], None if self.labels is None else self.labels[:256]
+        return Images(self.images[:0], None if self.labels is None else self.labels[:0], judges, labels, self.history)
+
     def the_labels(self) -> Tensor:
         """The labels of the part that tunes.
 
@@ -81,14 +99,16 @@ class Outcome:
     """What a method returns.
 
     ``histories`` are rows by stage, ``evaluations`` the accuracy by epoch where the job could measure it, ``epochs``
-    how many there were: 0 for a network that was not tuned.
+    how many there were: 0 for a network that was not trained by epochs. ``reference`` is the float network whose layers
+    the student rounds, where that is not the teacher.
     """
 
     student: fx.GraphModule
     images: Images
     histories: dict[str, list[dict]]
-    evaluations: list[dict]
-    epochs: int
+    evaluations: list[dict] = field(default_factory=list)
+    epochs: int = 0
+    reference: fx.GraphModule | None = None
 
 
 def hold_out(images: Tensor, labels: Tensor | None, count: int, history: list[dict] | None = None) -> Images:

@@ -9,11 +9,14 @@ from torch import fx
 
 from zsq_ext.core.check import require
 from zsq_ext.core.spec import InputSpec
-from zsq_ext.methods.job import Images, Job, Outcome
+from zsq_ext.methods.job import Job, Outcome
+from zsq_ext.methods.recipe import ImageSource, images_of
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import plan, prepare
 from zsq_ext.tune.reconstruct import reconstruct
-from zsq_ext.tune.reconstruct_config import ReconstructConfig, reconstruct_config
+from zsq_ext.tune.reconstruct_config import ADAROUND, BRECQ, GENIE_M, ReconstructConfig, reconstruct_config
+
+PUBLISHED = {"BRECQ": BRECQ, "Genie-M": GENIE_M, "AdaRound": ADAROUND}
 
 
 @dataclass(frozen=True)
@@ -25,22 +28,30 @@ class Reconstruction:
 
     config: ReconstructConfig = field(default_factory=ReconstructConfig)
 
-    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool = False) -> None:
+    @property
+    def title(self) -> str:
+        """Such as ``"block reconstruction (BRECQ)"``; lengths and rates do not change the name."""
+        own = self.config.granularity, self.config.joint
+        names = [name for name, kind in PUBLISHED.items() if (kind.granularity, kind.joint) == own]
+        return f"{self.config.granularity} reconstruction" + "".join(f" ({name})" for name in names)
+
+    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, source: ImageSource | None) -> None:
         """Refuses what cannot be run, before any work begins.
 
         Raises:
             ValueError: the weight ranges would follow the live weights.
         """
+        if source is not None:
+            source.check(teacher, spec)
         require("Reconstruction", "w_range", qconfig.w_range, qconfig.w_range == "lp", "be 'lp', which stands still")
         plan(teacher, qconfig)
 
-    def run(self, job: Job, images: Images) -> Outcome:
+    def run(self, job: Job, source: ImageSource) -> Outcome:
         """Prepares the student and reconstructs it unit by unit."""
-        self.check(job.teacher, job.spec, job.qconfig)
+        images = images_of(job, source)
         student = prepare(job.teacher, job.qconfig)
         found = reconstruct(job.stage("reconstruct"), job.teacher, student, images.images, self.config)
-        evaluations = [] if job.evaluate is None else [{"epoch": 1, **job.evaluate(student)}]
-        return Outcome(student, images, {"tuning": found.history, "blocks": found.blocks}, evaluations, epochs=1)
+        return Outcome(student, images, {"tuning": found.history, "blocks": found.blocks})
 
 
 def reconstruction(kind: str, preset: str) -> Reconstruction:

@@ -14,6 +14,7 @@ from zsq_ext.core.rng import stream
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods.images import require_classes
 from zsq_ext.methods.job import Images, Job, Outcome
+from zsq_ext.methods.recipe import ImageSource, images_of
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.modules import RangeTrace, activation_quantizers, calibrating
@@ -23,7 +24,8 @@ from zsq_ext.synth.generate import GeneratorConfig, GeneratorTrainer, train_gene
 from zsq_ext.synth.teacher import Teacher
 from zsq_ext.tune.distill import DistillConfig, Distiller
 from zsq_ext.tune.finetune import TuneConfig, Tuned, finetune
-from zsq_ext.tune.ideas import LowPass
+from zsq_ext.tune.ideas import Agm, LowPass, Mix
+from zsq_ext.tune.mix import Mixer
 
 RANGES = ("generator", "images")
 
@@ -48,16 +50,25 @@ class Qat:
         for name in ("range_steps", "range_batch", "generator_steps"):
             require("Qat", name, getattr(self, name), getattr(self, name) >= 1, "be at least 1")
 
-    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool) -> None:
+    @property
+    def title(self) -> str:
+        return "fine-tuning" if self.finetune.epochs > 0 else "ranges alone"
+
+    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, source: ImageSource | None) -> None:
+        if source is not None:
+            source.check(teacher, spec)
         if self.finetune.epochs > 0 or self.ranges == "generator":
             require_classes("fine-tuning by distillation (tune='qat')", spec)
-        if self.ranges == "generator" and qconfig.a_bits is not None and not given:
+        if self.ranges == "generator" and qconfig.a_bits is not None and source is not None:
             self.generator.check(spec.shape, otherwise="; ranges='images' takes any")
+        if self.distill.find(Agm) is not None:
+            raise ValueError("quantize: ideas must not hold Agm where images stand still: it moves a generator")
         if self.finetune.epochs > 0:
             Distiller(teacher, teacher, self.distill)
 
-    def run(self, job: Job, images: Images) -> Outcome:
+    def run(self, job: Job, source: ImageSource) -> Outcome:
         """SynQ's Algorithm 1 from line 2 on; without its ideas, the lineage's."""
+        images = images_of(job, source)
         filtered = images
         filter_once = self.low_pass(job, "once")
         if filter_once is not None:  # line 2, the first idea; the released code filters every batch instead
@@ -65,7 +76,7 @@ class Qat:
         student = prepare(job.teacher, job.qconfig)  # line 3: round the teacher to the bits that are asked for
         ranges = self.calibrate(job, student, filtered.images)
         if self.finetune.epochs == 0:
-            return Outcome(student, images, {**ranges, "tuning": []}, [], epochs=0)
+            return Outcome(student, images, {**ranges, "tuning": []})
         tuned = self.tune(job, student, filtered)  # lines 4-9: KD + CE on easy samples + CAM alignment (eq. 6)
         return Outcome(student, images, {**ranges, "tuning": tuned.history}, tuned.evaluations, self.finetune.epochs)
 
@@ -125,13 +136,16 @@ class Qat:
 
     def tune(self, job: Job, student: fx.GraphModule, images: Images) -> Tuned:
         """The student learns the teacher's answers on the images."""
+        stage, loss = job.stage("tuning"), Distiller(job.teacher, student, self.distill)
+        mix = self.distill.find(Mix)
         return finetune(
-            job.stage("tuning"),
+            stage,
             student,
             images.images,
             images.the_labels(),
-            Distiller(job.teacher, student, self.distill),
+            loss,
             self.finetune,
             filter_batch=self.low_pass(job, "step"),
+            mix=None if mix is None else Mixer(mix, stage, loss.ask),
             evaluate=job.evaluate,
         )

@@ -42,11 +42,19 @@ class Tuning(Protocol):
     a_range: ClassVar[str]
     w_range: ClassVar[str]
 
-    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool) -> None:
-        """Raises ValueError for what cannot work, before any work begins. ``given``: the images are the user's."""
+    @property
+    def title(self) -> str:
+        """What it does to the network, in words for a report."""
 
-    def run(self, job: Job, images: Images) -> Outcome:
-        """From the teacher and images to the quantized network."""
+    def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, source: ImageSource | None) -> None:
+        """Raises ValueError for what cannot work, the source's images too, before any work begins.
+
+        No source: the images are the user's.
+        """
+
+    def run(self, job: Job, source: ImageSource) -> Outcome:
+        """From the teacher to the quantized network: on ``images_of(job, source)``, or on what the source's generator
+        makes on the way."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +69,21 @@ class Recipe:
 
     def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool) -> None:
         """Raises ValueError for what would otherwise be noticed only after the images were made."""
-        if not given:
-            self.images.check(teacher, spec)
-        self.tune.check(teacher, spec, qconfig, given)
+        self.tune.check(teacher, spec, qconfig, None if given else self.images)
 
     def run(self, job: Job) -> Outcome:
         """All of it; images that the job brings are used instead of making any."""
-        images = job.given if job.given is not None else self.images.make(job)
-        outcome = self.tune.run(job, images)
-        return replace(outcome, histories={"images": images.history, **outcome.histories})
+        outcome = self.tune.run(job, self.images)
+        return replace(outcome, histories={"images": outcome.images.history, **outcome.histories})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, for a run's configuration; each half says what it is."""
         return {name: {"kind": type(half).__name__, **_plain(half)} for name, half in vars(self).items()}
+
+
+def images_of(job: Job, source: ImageSource) -> Images:
+    """The images to tune on: those that the job brings, or the source's."""
+    return job.given if job.given is not None else source.make(job)
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,7 @@
 """The ops: fast, bit-exact across backends, and usable alone under autograd, compile and export."""
 
+import inspect
+
 from zsq_ext.ops.adaround import adaround, adaround_many, adaround_start
 from zsq_ext.ops.bn_act import bn_act
 from zsq_ext.ops.bn_act_sums import channel_energy, channel_sums, statistics_of
@@ -38,3 +40,13 @@ __all__ = [
     "statistics_of",
     "view_images",
 ]
+
+# public op -> the registered one that it runs on a backend, where that is called otherwise; None where it is a few of
+# PyTorch's operators
+_RUNS: dict[str, str | None] = {
+    "adaround_many": "adaround",
+    "adaround_start": None,
+    "channel_energy": None,
+    "statistics_of": None,
+}
+PUBLIC = {name: _RUNS.get(name, name) for name in __all__ if inspect.isfunction(globals()[name])}

@@ -73,8 +73,9 @@ class _AdaRound(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qmin: list[int], qmax: list[int], axis: int | None, beta: Tensor | None, *tensors: Tensor
+        ctx: Any, op: str, qmin: list[int], qmax: list[int], axis: int | None, beta: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        ctx.op = op
         ctx.save_for_backward(beta, *tensors)
         ctx.range = qmin, qmax, axis
         v, base, scale, zero_point = _quarters(tensors)
@@ -82,17 +83,17 @@ class _AdaRound(torch.autograd.Function):
         return (*found, reg) if beta is not None else tuple(found)
 
     @staticmethod
-    @differentiable_once("adaround")
+    @differentiable_once()
     def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Tensor) -> tuple[Tensor | None, ...]:
         beta, *tensors = saved
         n = len(tensors) // 4
-        need_scale = any(ctx.needs_input_grad[4 + 2 * n : 4 + 3 * n])
+        need_scale = any(ctx.needs_input_grad[5 + 2 * n : 5 + 3 * n])
         grad_reg = None if beta is None else grads[n]
         v, base, scale, zero_point = _quarters(tensors)
         rounding = Rounding(base, scale, zero_point, *ctx.range)
         dv, dscale = _backward(list(grads[:n]), v, rounding, beta, grad_reg, need_scale)
         none = [None] * n
-        return None, None, None, None, *dv, *none, *(dscale if need_scale else none), *none
+        return None, None, None, None, None, *dv, *none, *(dscale if need_scale else none), *none
 
 
 def _quarters(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -297,8 +298,9 @@ def _adaround(
         checks.beside(op, "base", base[i], torch.int16, v_.shape, v_.device, at, called="v's shape")
     beta = _check_beta(op, beta, v[0], hard)
     if torch.is_grad_enabled() and not hard and any(t.requires_grad for t in (*v, *scale)):
-        out = _AdaRound.apply(qmin, qmax, axis, beta, *v, *base, *scale, *zero_point)
+        out = _AdaRound.apply(op, qmin, qmax, axis, beta, *v, *base, *scale, *zero_point)
         return list(out[: len(v)]), None if beta is None else out[-1]
+    backend.refuse_tangents(op, (v, scale))
     # The op itself knows no gradient, and would say so by a warning.
     v, scale = [t.detach() for t in v], [t.detach() for t in scale]
     found, reg = _forward(v, Rounding(base, scale, zero_point, qmin, qmax, axis), beta, hard)

@@ -13,6 +13,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import _C, Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from zsq_ext.ops.layout import head
 
@@ -127,7 +130,59 @@ def find(op: str, device: torch.device | str, dtype: torch.dtype, chosen: str) -
     )
 
 
-def _kind_of(first: torch.Tensor | Sequence[torch.Tensor], *rest: Any) -> tuple[torch.device, torch.dtype]:
+# What an argument may be that torch's dispatcher hands on as it is; of a tensor see `_is_direct`.
+_VALUES = frozenset((int, float, bool, str, type(None), torch.dtype))
+
+# By names of their own, because every call asks them all.
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_tracing, _modes, _is_mode = _C._is_tracing, _C._len_torch_dispatch_stack, _C._is_torch_function_mode_enabled
+_transform, _is_profiling = _C._functorch.peek_interpreter_stack, _C._autograd._profiler_enabled
+
+
+def _is_direct(args: Sequence[Any]) -> bool:
+    """Whether torch's dispatcher would do nothing but call the op's function, so that a call can go past it.
+
+    It takes 3 us, of 11 for a call on a few elements. It is needed where something looks on or takes part: a compiler,
+    a tracer, a mode, a transform of functions, forward-mode AD, a profiler; for a tensor that is not simply memory, or
+    that autograd follows; and for lists, of which it makes its own.
+    """
+    if (
+        _is_compiling()
+        or forward_ad._current_level >= 0
+        or _is_tracing()
+        or _modes()
+        or _is_mode()
+        or _transform() is not None
+        or _is_profiling()
+    ):
+        return False
+    followed = _is_grad_enabled()
+    for value in args:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if value.is_neg() or value._is_zerotensor() or (followed and value.requires_grad):
+                return False
+        elif kind not in _VALUES:
+            return False
+    return True
+
+
+def refuse_tangents(op: str, args: Sequence[Any]) -> None:
+    """Those of forward-mode AD: torch knows no rule for an op's, and would take the op for a constant.
+
+    Raises:
+        NotImplementedError: a tensor among the arguments, or in a list there, has one.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for value in args:
+        if isinstance(value, (list, tuple)):
+            refuse_tangents(op, value)
+        elif isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(f"{op}: a gradient must be taken backward, got a tangent of forward-mode AD")
+
+
+def _kind_of(first: Tensor | Sequence[Tensor], *rest: Any) -> tuple[torch.device, torch.dtype]:
     """The device and dtype of the first tensor, which may be the first of a list."""
     t = head(first)
     return t.device, t.dtype
@@ -161,7 +216,16 @@ def define(
         torch.autograd.graph.increment_version(args[-1])
         return result
 
+    direct = run_and_count if "(a!)" in schema else run
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run_and_count if "(a!)" in schema else run, "CompositeExplicitAutograd")
+    _library.impl(name, direct, "CompositeExplicitAutograd")
     torch.library.register_fake(f"zsq::{name}", fake, lib=_library)
-    return getattr(torch.ops.zsq, name).default
+    dispatched = getattr(torch.ops.zsq, name).default
+
+    def call(*args: Any) -> Any:
+        if _is_direct(args):
+            return direct(*args)
+        refuse_tangents(name, args)
+        return dispatched(*args)
+
+    return call

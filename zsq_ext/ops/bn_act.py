@@ -157,14 +157,15 @@ def bn_act(
 
         du = a * g + 2 gS2 (u - mean) + gS1,     dresidual = g,     dbeta = sum g,     dgamma = sum g (u - mean) * inv
 
-    relu and relu6 pass it strictly inside their range. mean, var and the quantizer's step get none, none flows through
+    relu and relu6 pass it strictly inside their range. The quantizer's step gets none, none flows through
     lo and hi, and there is no second derivative. What enters the quantizer is rounded to u's dtype, so values and
     gradients have the bits of `fake_quant` behind `bn_act`, and lo and hi, with or without it, those of
     `channel_range(v, axis=1)`: NaN makes both ends of its channel NaN, and a zero is +0.
 
     Args:
         u: (N, C, ...), any strides; float32, float16, bfloat16, or float64 (on the reference and cpu backends).
-        mean, var: the stored statistics, (C,); float32, or float64 where u is.
+        mean, var: the stored statistics, (C,); float32, or float64 where u is. Constants: one that requires a gradient
+            is refused where gradients are taken.
         gamma, beta: the affine part, (C,), as mean; None for 1 and for 0.
         eps: added to var, >= 0.
         residual: added before the activation; shape, dtype and device of u.

@@ -12,6 +12,8 @@ from zsq_ext.ops.layout import COMPUTE, channels_last, empty_arranged
 from zsq_ext.ops.once import differentiable_once
 
 STATS = ("batch", "sample")
+# What a batch norm in eval mode has stored: no gradient is computed of it, and none must be missed.
+_STORED = ("mean", "var")
 
 
 def fake_sums(u: Tensor, mean: Tensor, stats: str | None) -> tuple[Tensor, Tensor]:
@@ -80,6 +82,8 @@ def check_channels(op: str, u: Tensor, **parameters: Tensor | None) -> Any:
             raise ValueError(f"{op}: {name} must have shape ({u.size(1)},), got {tuple(t.shape)}")
         if t.device != u.device:
             raise ValueError(f"{op}: {name} must be on {u.device}, got {t.device}")
+        if name in _STORED and t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} must be a constant, got one that requires a gradient")
     return [None if t is None else t.contiguous() for t in parameters.values()]
 
 
@@ -116,7 +120,7 @@ def channel_sums(u: Tensor, mean: Tensor, stats: str = "batch") -> tuple[Tensor,
         S1 = sum(u - mean),     S2 = sum((u - mean)^2)
 
     Args:
-        u, mean: as for `bn_act`. mean gets no gradient.
+        u, mean: as for `bn_act`.
         stats: "batch" for sums over each channel, (C,); "sample" for each channel of each sample, (N, C).
 
     Returns:

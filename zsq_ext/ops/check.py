@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zsq_ext.ops.layout import COMPUTE, is_dense
+from zsq_ext.ops.layout import COMPUTE, is_apart, is_dense
 
 # Codes are computed in float32, which holds every integer up to here.
 _CODE_LIMIT = 2**24
@@ -234,9 +234,13 @@ def tensors(op: str, name: str, tensors: Any, like: Sequence[Tensor] | None = No
 
 
 def apart(op: str, outs: Sequence[Tensor], inputs: Sequence[Tensor], many: bool = True) -> None:
-    """What is written to is no memory that another result or input lies in; a result may be its own input."""
+    """What is written to is no memory that another element, result or input lies in; a result may be its own input."""
     if torch.compiler.is_compiling():  # which has no addresses
         return
+    for i, out in enumerate(outs):
+        if out.numel() and not is_apart(out):
+            at = f"[{i}]" if many else ""
+            raise ValueError(f"{op}: out{at} must have memory for each of its elements, got strides {out.stride()}")
     tensors = (*outs, *(t for t, out in zip(inputs, outs, strict=True) if t is not out))
     if len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors):  # as it almost always is
         return
@@ -288,12 +292,12 @@ def grid(
         learned: zero_point has scale's dtype.
         groups: a channel of a first dimension may have several grids.
     """
+    scale_type, zero_type = COMPUTE[of], COMPUTE[of] if learned else torch.int32
+    if _is_one(scale, scale_type, x) and _is_one(zero_point, zero_type, x):  # as it often is, of small tensors too
+        return scale, zero_point
     channels = 1 if axis is None else x.size(axis)
     groups = groups and axis == 0
-    for name, t, dtype in (
-        (called[1], scale, COMPUTE[of]),
-        (called[2], zero_point, COMPUTE[of] if learned else torch.int32),
-    ):
+    for name, t, dtype in ((called[1], scale, scale_type), (called[2], zero_point, zero_type)):
         tensor(op, name, t, at)
         if t.dtype is not dtype:
             under = " under lsq_plus" if learned and t is zero_point else ""
@@ -309,6 +313,10 @@ def grid(
     if scale.shape != zero_point.shape:
         scale, zero_point = _alike(op, f"{called[1]}{at}", f"{called[2]}{at}", scale, zero_point)
     return scale.contiguous(), zero_point.contiguous()
+
+
+def _is_one(t: Any, dtype: torch.dtype, x: Tensor) -> bool:
+    return type(t) is Tensor and t.dtype is dtype and t.layout is _DENSE and t.shape == (1,) and t.device == x.device
 
 
 def _check_groups(op: str, name: str, x: Tensor, t: Tensor) -> None:

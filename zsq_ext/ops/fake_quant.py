@@ -154,8 +154,9 @@ def fake_quant(
             lsq, and gives zero_point the sum of grad * (0 inside, -scale outside). Both sum in a fixed order, so
             every run gives the same bits. NaN in x makes its channel's sums NaN.
         grad_scale: under "lsq" and "lsq_plus", a factor on the gradients of scale and zero_point, finite.
-        out: where to write, x itself or memory apart from it; shape, dtype and device of x, any strides. None for fresh
-            memory, whose first touch costs a large tensor more than its arithmetic. Only where no gradient is taken.
+        out: where to write, x itself or memory apart from it; shape, dtype and device of x, any strides that keep its
+            elements apart. None for fresh memory, whose first touch costs a large tensor more than its arithmetic. Only
+            where no gradient is taken.
         check: also verify that scale is positive and finite, which waits for the device.
 
     Returns:

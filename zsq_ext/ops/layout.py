@@ -43,6 +43,19 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
+def is_apart(t: Tensor) -> bool:
+    """Whether each of t's elements has a place of its own, seen from its strides: they nest, as those of views do."""
+    if is_dense(t):
+        return True
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += stride * (size - 1)
+    return True
+
+
 def empty_for(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result of x's shape: ordered as x is, but contiguous where scale has groups (C, G)."""
     if scale.dim() != 2:

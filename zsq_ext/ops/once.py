@@ -30,10 +30,11 @@ def once(op: str, run: Callable[[], Any], *tensors: Tensor | None) -> Any:
     return _Once.apply(op, run, *tensors)
 
 
-def differentiable_once(op: str) -> Callable[[Backward], Backward]:
+def differentiable_once(op: str | None = None) -> Callable[[Backward], Backward]:
     """Marks the backward of an autograd.Function: no gradient of the gradient, and an error rather than none.
 
-    The backward is given the saved tensors behind ctx, because checkpointing lets them be asked for once.
+    The error names op; ctx.op where that is None, because several public functions share this one. The backward is
+    given the saved tensors behind ctx, because checkpointing lets them be asked for once.
 
     torch's own `once_differentiable` refuses only where the gradient is asked for alone. Beside other terms, or where
     an unused input is allowed, what is missing counts as 0 there.
@@ -43,7 +44,7 @@ def differentiable_once(op: str) -> Callable[[Backward], Backward]:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
-            return once(op, lambda: backward(ctx, saved, *grads), *grads, *saved)
+            return once(ctx.op if op is None else op, lambda: backward(ctx, saved, *grads), *grads, *saved)
 
         return run
 

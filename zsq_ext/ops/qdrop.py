@@ -87,7 +87,7 @@ def qdrop(x: Tensor, x_hat: Tensor, probability: float, key: Tensor) -> Tensor:
     (arXiv 2203.05740); the generator is J. Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
     """
     checks.compute_dtype("qdrop", "x", x)
-    checks.beside("qdrop", "x_hat", x_hat, x.dtype, x.shape, x.device)
+    checks.beside("qdrop", "x_hat", x_hat, x.dtype, x.shape, x.device, of=" as x is", called="x's shape")
     checks.beside("qdrop", "key", key, torch.int64, (2,), x.device)
     checks.number("qdrop", "probability", probability)
     if not 0 <= probability <= 1:

@@ -27,7 +27,7 @@ class Layer:
     ``sqnr_db`` compares the site's tensor in the quantized and in the float network, errors of earlier layers
     included; it is infinite where nothing was lost. The others are of the float network with this one site quantized:
     ``kl_alone`` its divergence in nats, NaN for a network that is no classifier, and ``output_db_alone`` the SQNR of
-    its worst output.
+    its worst output. Where weights were rewritten, as DFQ equalises them, the float network is the rewritten one.
     """
 
     site: str
@@ -48,6 +48,9 @@ class Quality:
 
     ``outputs_db`` is the SQNR of every tensor that the network returns, by its path (``"boxes.0"``, ``""`` for a lone
     one). A network that is no classifier has nothing else: its agreement and divergence are NaN.
+
+    ``rewritten``: the layers' figures compare with a float network that was rewritten first, as DFQ equalises it; the
+    others compare with the teacher always.
     """
 
     images: int
@@ -56,10 +59,12 @@ class Quality:
     layers: tuple[Layer, ...]
     unseen: bool = True
     outputs_db: Mapping[str, float] = field(default_factory=dict)
+    rewritten: bool = False
 
     def __str__(self) -> str:
         """The figures, and a line per layer."""
         whose = "held-out" if self.unseen else "tuned"
+        layers = "by layer, against the rewritten float network" if self.rewritten else "by layer"
         width = max((len(layer.site) for layer in self.layers), default=0)
         classifier = not math.isnan(self.kl)
         rows = [
@@ -69,10 +74,10 @@ class Quality:
         ]
         if classifier:
             head = f"agreement {self.agreement:.1f} %, KL {self.kl:.4f} nats on {self.images} {whose} images"
-            return "\n".join([head, "by layer: SQNR in place, KL of quantizing it alone", *rows])
+            return "\n".join([head, f"{layers}: SQNR in place, KL of quantizing it alone", *rows])
         figures = ", ".join(f"{path or 'output'} {db:.1f} dB" for path, db in self.outputs_db.items())
         head = f"SQNR of the outputs: {figures} on {self.images} {whose} images"
-        return "\n".join([head, "by layer: SQNR in place, SQNR of the worst output when it alone is quantized", *rows])
+        return "\n".join([head, f"{layers}: SQNR in place, SQNR of the worst output when it alone is quantized", *rows])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has neither infinity nor NaN: None stands for them."""
@@ -94,6 +99,7 @@ def measure(
     config: QConfig,
     images: Tensor,
     *,
+    reference: fx.GraphModule | None = None,
     unseen: bool = True,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Quality:
@@ -104,6 +110,8 @@ def measure(
         student: the prepared network, calibrated and maybe tuned.
         config: the configuration the student was prepared with.
         images: (N, C, H, W) in normalised space, N >= 1.
+        reference: the float network whose layers the student rounds, where its weights are not the teacher's: what is
+            said of single sites is said against it.
         unseen: whether tuning did without them.
         advance: called with the number of images that were just done.
 
@@ -116,9 +124,10 @@ def measure(
     if len(images) == 0:
         raise ValueError("measure: images must hold at least one image, got none")
     sites = plan(teacher, config)
+    exact = reference or teacher
     behind = [_quantizer_behind(student, site) for site in sites]
-    tapped = with_taps(teacher, [site.node for site in sites]), with_taps(student, [node.name for node in behind])
-    alone = [_with_one(teacher, student, *pair) for pair in zip(sites, behind, strict=True)]
+    tapped = with_taps(exact, [site.node for site in sites]), with_taps(student, [node.name for node in behind])
+    alone = [_with_one(exact, student, *pair) for pair in zip(sites, behind, strict=True)]
     classifier = is_classifier(teacher)
     paths = list(outputs(teacher))
 
@@ -129,7 +138,8 @@ def measure(
     agree, kl, kl_alone, inside = zeros(), zeros(), zeros(len(sites)), zeros(2, len(sites))
     whole, whole_alone = zeros(2, len(paths)), zeros(2, len(sites), len(paths))
     for chunk in images.split(BATCH):
-        (expected, before), (got, after) = (network(chunk) for network in tapped)
+        (own, before), (got, after) = (network(chunk) for network in tapped)
+        expected = own if reference is None else teacher(chunk)
         inside += _powers(before, after)
         whole += _powers(leaves(expected).values(), leaves(got).values())
         if classifier:
@@ -137,9 +147,9 @@ def measure(
             kl += _kl(expected, got)
         for i, network in enumerate(alone):
             result = network(chunk)
-            whole_alone[:, i] += _powers(leaves(expected).values(), leaves(result).values())
+            whole_alone[:, i] += _powers(leaves(own).values(), leaves(result).values())
             if classifier:
-                kl_alone[i] += _kl(expected, result)
+                kl_alone[i] += _kl(own, result)
         advance(len(chunk))
     worst = _decibels(whole_alone).amin(1).tolist()
     costs = (kl_alone / len(images)).tolist() if classifier else [math.nan] * len(sites)
@@ -151,6 +161,7 @@ def measure(
         layers=tuple(Layer(site.name, site.kind, site.bits, *figures) for site, *figures in by_site),
         unseen=unseen,
         outputs_db=dict(zip(paths, _decibels(whole).tolist(), strict=True)),
+        rewritten=reference is not None,
     )
 
 

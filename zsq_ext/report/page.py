@@ -15,7 +15,8 @@ from zsq_ext.report.blocks import HISTORY, blocks
 from zsq_ext.report.configuration import configuration
 from zsq_ext.report.html import Html
 from zsq_ext.report.likeness import likeness
-from zsq_ext.report.result import Accuracy, Result, duration
+from zsq_ext.report.result import Accuracy, Result, duration, summary
+from zsq_ext.report.result import title as title_of
 from zsq_ext.synth.distance import ImageFigures
 
 FILE = "report.html"
@@ -41,12 +42,17 @@ def write(
     """
     method = str(result.config.get("method", "quantized"))
     name = f"{method} {result.qconfig.label}"
-    rows = [] if result.teacher_top1 is None else [Accuracy("teacher", "float", result.teacher_top1)]
-    if result.evaluations:
-        top1 = [row["top1"] for row in result.evaluations]
-        best = max(top1) if len(top1) > 1 else None
-        rows.append(Accuracy(method, result.qconfig.label, top1[-1], best, result.seconds))
-    return write_report(folder, title=name, results={name: result}, accuracy=rows, measured_on=measured_on, notes=notes)
+    several = len(result.evaluations) > 1
+    rows = []
+    for figure, value in result.accuracy.items():
+        if figure in result.teacher_accuracy:
+            rows.append(Accuracy("teacher", "float", result.teacher_accuracy[figure], figure=figure))
+        best = result.best_accuracy.get(figure) if several else None
+        rows.append(Accuracy(method, result.qconfig.label, value, best, result.seconds, figure))
+    heading = f"{name}, {result.tuning}" if result.tuning else name
+    return write_report(
+        folder, title=heading, results={name: result}, accuracy=rows, measured_on=measured_on, notes=notes
+    )
 
 
 def write_report(
@@ -86,6 +92,8 @@ def write_report(
         add("accuracy", "Accuracy", sections.accuracy(accuracy, measured_on), sections.epochs(results))
     add("quality", "Quality without labels", sections.quality(results))
     for index, (names, result) in enumerate(_distinct_images(results)):
+        if len(result.images) == 0:  # nothing was made to tune on
+            continue
         own = f"-{index}" if index else ""
         of = f": {', '.join(names)}" if len(results) > 1 else ""
         add(f"images{own}", f"Synthetic images{of}", sections.images(result))
@@ -108,7 +116,8 @@ def write_report(
     add("environment", "Environment", html.pairs(machine.describe(device).items()))
 
     contents = "".join(f'<a href="#{anchor}">{html.text(heading)}</a>' for anchor, heading, _ in parts)
-    subtitle = f"zsq_ext, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    made = [f"{name}: {summary(result)}" for name, result in results.items()]
+    subtitle = "; ".join([*made, f"zsq_ext, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"])
     body = [_figures(accuracy, results), f"<nav>{contents}</nav>", *(section for _, _, section in parts)]
     target = Path(folder) / FILE
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +129,7 @@ def _figures(accuracy: Sequence[Accuracy], results: Mapping[str, Result]) -> Htm
     """The numbers a reader wants before anything else: the teacher, the runs of this page, and the first run's cost."""
     first = next(iter(results.values()))
     figures = [
-        (f"{row.last:.2f} %", f"{row.name}, top-1")
+        (f"{row.last:.2f} %", f"{row.name}, {title_of(row.figure)}")
         for row in accuracy
         if row.last is not None and (row.bits == "float" or row.name in results)
     ]
@@ -128,7 +137,8 @@ def _figures(accuracy: Sequence[Accuracy], results: Mapping[str, Result]) -> Htm
         figures.append((f"{min(first.quality.outputs_db.values()):.1f} dB", f"worst output, {first.qconfig.label}"))
     else:
         figures.append((f"{first.quality.agreement:.1f} %", f"agreement, {first.qconfig.label}"))
-    figures.append((str(len(first.images)), "synthetic images"))
+    if len(first.images):
+        figures.append((str(len(first.images)), "synthetic images"))
     figures.append((duration(first.seconds), f"for {first.qconfig.label}"))
     cells = "".join(f"<div><b>{html.text(value)}</b><span>{html.text(name)}</span></div>" for value, name in figures)
     return Html(f'<div class="figures">{cells}</div>')

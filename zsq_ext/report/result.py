@@ -14,6 +14,8 @@ from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.quality import Quality
 from zsq_ext.synth.distance import ImageFigures
 
+_TITLES = {"top1": "top-1", "AP50": "AP@0.5", "AP": "AP@[.5:.95]"}
+
 DIVERGED = "diverged"
 """What a table says in place of an accuracy."""
 
@@ -44,7 +46,13 @@ class Result(Protocol):
     @property
     def seconds(self) -> float: ...
     @property
-    def teacher_top1(self) -> float | None: ...
+    def tuning(self) -> str: ...
+    @property
+    def accuracy(self) -> Mapping[str, float]: ...
+    @property
+    def best_accuracy(self) -> Mapping[str, float]: ...
+    @property
+    def teacher_accuracy(self) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,10 @@ class Accuracy:
     Args:
         method: what was measured, such as ``"teacher"`` or ``"SynQ"``.
         bits: such as ``"W4A4"``, or ``"float"``.
-        last: top-1 in percent after the last epoch (or the only one there is); None where tuning diverged.
-        best: top-1 of the best epoch; the test data chose it. None where only one epoch was measured.
+        last: the figure in percent, after the last epoch where there are several; None where tuning diverged.
+        best: that of the best epoch; the test data chose it. None where there are not several.
         seconds: wall time it took to make, if known.
+        figure: what was measured: ``"top1"``, or a detector's ``"AP50"`` or ``"AP"``.
     """
 
     method: str
@@ -64,6 +73,7 @@ class Accuracy:
     last: float | None
     best: float | None = None
     seconds: float | None = None
+    figure: str = "top1"
 
     @property
     def name(self) -> str:
@@ -74,6 +84,22 @@ class Accuracy:
     def shown(self) -> str:
         """The last epoch's accuracy as a table says it."""
         return DIVERGED if self.last is None else f"{self.last:.2f}"
+
+
+def title(figure: str) -> str:
+    """What a measured figure is called where people read it: ``"top-1"`` for ``"top1"``."""
+    return _TITLES.get(figure, figure)
+
+
+def summary(result: Result) -> str:
+    """How a network was quantized, in a line: the tuning, the placement, and what has bits of its own."""
+    config = result.qconfig
+    parts = [result.tuning, f"placement {config.placement}"]
+    if config.edge_bits is not None:
+        parts.append(f"first and last layer {config.edge_bits} bits")
+    if config.sites:
+        parts.append(f"{len(config.sites)} sites with bits of their own")
+    return ", ".join(filter(None, parts))
 
 
 def number(value: float, form: str) -> str:

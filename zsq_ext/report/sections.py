@@ -10,7 +10,7 @@ from zsq_ext.quant.modules import activation_quantizers
 from zsq_ext.report import html, pictures, png
 from zsq_ext.report.blocks import HISTORY
 from zsq_ext.report.html import Html
-from zsq_ext.report.result import Accuracy, Result, duration, number
+from zsq_ext.report.result import Accuracy, Result, duration, number, title
 from zsq_ext.report.svg import COLOURS, Line, chart, sparkline
 from zsq_ext.synth.filters import LowPass
 
@@ -25,14 +25,22 @@ _CALIBRATION = "calibration"
 
 
 def accuracy(rows: Sequence[Accuracy], measured_on: str) -> Html:
-    teacher = next((row.last for row in rows if row.bits == "float"), None)
-    several = any(row.best is not None for row in rows)
-    header = ["method", "bits", "top-1, last epoch (%)", "last against teacher", "time"]
+    """A table per measured figure."""
     words = f"Measured on {measured_on}. " if measured_on else ""
     words += "Test data decided nothing in these runs."
-    if several:
-        header.insert(3, "top-1, best epoch (%)")
+    if any(row.best is not None for row in rows):
         words += " The best epoch was picked by it: quote the last one."
+    figures = dict.fromkeys(row.figure for row in rows)
+    tables = [_accuracies(title(figure), [row for row in rows if row.figure == figure]) for figure in figures]
+    return Html("".join(tables) + html.note(words))
+
+
+def _accuracies(figure: str, rows: Sequence[Accuracy]) -> Html:
+    teacher = next((row.last for row in rows if row.bits == "float"), None)
+    several = any(row.best is not None for row in rows)
+    header = ["method", "bits", f"{figure} (%)", "against teacher", "time"]
+    if several:
+        header[2:4] = [f"{figure}, last epoch (%)", f"{figure}, best epoch (%)", "last against teacher"]
     cells = []
     for row in rows:
         loss = ""
@@ -41,17 +49,18 @@ def accuracy(rows: Sequence[Accuracy], measured_on: str) -> Html:
         best = [] if not several else ["" if row.best is None else f"{row.best:.2f}"]
         took = "" if row.seconds is None else duration(row.seconds)
         cells.append((row.method, row.bits, row.shown, *best, loss, took))
-    return Html(html.table(header, cells, numeric=range(2, len(header))) + html.note(words))
+    return html.table(header, cells, numeric=range(2, len(header)))
 
 
 def epochs(results: Mapping[str, Result]) -> Html:
-    """Accuracy by epoch, where more than one was measured."""
-    lines = [
-        Line(name, [row["epoch"] for row in result.evaluations], [row["top1"] for row in result.evaluations], index)
-        for index, (name, result) in enumerate(results.items())
-        if len(result.evaluations) > 1
-    ]
-    return Html(chart(lines, "epoch", "top-1 (%)")) if lines else Html("")
+    """The figures by epoch, where more than one epoch was measured."""
+    lines: dict[str, list[Line]] = {}
+    for index, (name, result) in enumerate(results.items()):
+        rows = result.evaluations
+        for figure in result.accuracy if len(rows) > 1 else ():
+            own = Line(name, [row["epoch"] for row in rows], [row[figure] for row in rows], index)
+            lines.setdefault(figure, []).append(own)
+    return Html("".join(chart(own, "epoch", f"{title(figure)} (%)") for figure, own in lines.items()))
 
 
 def quality(results: Mapping[str, Result]) -> Html:
@@ -100,6 +109,8 @@ def layers(result: Result) -> Html:
         "SQNR: signal to quantization noise of the site's values in the quantized network, errors of the layers before "
         "included."
     )
+    if result.quality.rewritten:
+        words += " Weights were rewritten before they were rounded: both compare with the float network as rewritten."
     header = ("site", "kind", "bits", "SQNR (dB)", "divergence alone" if classes else "output alone (dB)", "")
     return Html(html.note(words) + html.table(header, rows, numeric=(2, 3, 4)))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from zsq_ext.quant.graph import batch_norms, is_classifier
+from zsq_ext.synth.objectives import Statistics
 from zsq_ext.synth.teacher import Teacher
 
 
@@ -23,53 +24,6 @@ class LayerDistance:
     layer: str
     mean: float
     std: float
-
-
-@torch.no_grad()
-def layer_distances(
-    module: fx.GraphModule, images: Tensor, batch: int = 64, std_eps: float = 1e-6
-) -> list[LayerDistance]:
-    """The distance of a whole set, layer by layer.
-
-        mean = sqrt( mean_c ((m - mu) / sg)^2 ),     std = sqrt( mean_c (sd / sg - 1)^2 )
-
-    Args:
-        module: a captured network with batch norms.
-        images: (N, C, H, W), at least one, in normalised space on the network's device.
-        batch: how many are read at a time.
-        std_eps: added to both variances before the root, so that a channel that never varied divides nothing by zero.
-
-    Returns:
-        One row per batch norm, in execution order.
-
-    Raises:
-        ValueError: the network has no batch norm.
-    """
-    teacher = Teacher(module)
-    found, target = teacher.statistics(images, batch), teacher.target
-    deviation = (target.variance + std_eps).sqrt()
-    gaps = ((found.mean - target.mean) / deviation, (found.variance + std_eps).sqrt() / deviation - 1)
-    mean, std = (
-        torch.stack([part.square().mean().sqrt() for part in gap.split(target.channels)]).tolist() for gap in gaps
-    )
-    names = [norm.name for norm in batch_norms(module)]
-    return [LayerDistance(*row) for row in zip(names, mean, std, strict=True)]
-
-
-@torch.no_grad()
-def logit_ranges(module: fx.GraphModule, images: Tensor, batch: int = 64) -> Tensor:
-    """Largest less smallest logit of every image.
-
-    Args:
-        module: a captured network with one output (N, ...).
-        images: (N, C, H, W), at least one, in normalised space on the network's device.
-        batch: how many are read at a time.
-
-    Returns:
-        (N,), for a histogram: what the stretching loss widens.
-    """
-    logits = (module(chunk).flatten(1) for chunk in images.split(batch))
-    return torch.cat([z.amax(1) - z.amin(1) for z in logits])
 
 
 @dataclass(frozen=True)
@@ -88,14 +42,45 @@ class ImageFigures:
         return {"layers": [asdict(layer) for layer in self.layers]}
 
 
-def figures(module: fx.GraphModule, images: Tensor) -> ImageFigures:
-    """The distances of a set and its logit ranges, as far as the network has any.
+@torch.no_grad()
+def figures(module: fx.GraphModule, images: Tensor, batch: int = 64, std_eps: float = 1e-6) -> ImageFigures:
+    """The distances of a whole set, layer by layer, and its logit ranges, as far as the network has any: one forward.
+
+        mean = sqrt( mean_c ((m - mu) / sg)^2 ),     std = sqrt( mean_c (sd / sg - 1)^2 )
 
     Args:
         module: a captured network.
         images: (N, C, H, W), at least one, in normalised space on the network's device.
+        batch: how many are read at a time.
+        std_eps: added to both variances before the root, so that a channel that never varied divides nothing by zero.
     """
-    return ImageFigures(
-        tuple(layer_distances(module, images)) if batch_norms(module) else (),
-        tuple(logit_ranges(module, images).tolist()) if is_classifier(module) else (),
+    norms, classifier = batch_norms(module), is_classifier(module)
+    if not norms and not classifier:
+        return ImageFigures()
+    teacher = Teacher(module) if norms else None
+    sums, ranges = [], []
+    for chunk in images.split(batch):
+        if teacher is None:
+            logits = module(chunk)
+        else:
+            logits, *found = teacher.sums(chunk)
+            sums.append(torch.stack(found))
+        if classifier:
+            ranges.append(logits.amax(1) - logits.amin(1))
+    reach = tuple(torch.cat(ranges).tolist()) if classifier else ()
+    if teacher is None:
+        return ImageFigures(logit_ranges=reach)
+    s1, s2 = torch.stack(sums).sum(0)
+    layers = _distances(teacher.statistics_of(s1, s2, len(images)), teacher.target, std_eps)
+    rows = zip((norm.name for norm in norms), *layers, strict=True)
+    return ImageFigures(tuple(LayerDistance(*row) for row in rows), reach)
+
+
+def _distances(found: Statistics, target: Statistics, std_eps: float) -> tuple[list[float], list[float]]:
+    """The distances of the means and of the standard deviations, a value per layer."""
+    deviation = (target.variance + std_eps).sqrt()
+    gaps = ((found.mean - target.mean) / deviation, (found.variance + std_eps).sqrt() / deviation - 1)
+    mean, std = (
+        torch.stack([part.square().mean().sqrt() for part in gap.split(target.channels)]).tolist() for gap in gaps
     )
+    return mean, std

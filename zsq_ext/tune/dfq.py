@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -87,6 +88,25 @@ Normals = dict[str, tuple[Tensor, Tensor]]
 """Mean and standard deviation of what batch norms yield, by node."""
 
 
+class Rewritten(NamedTuple):
+    """A float network that quantizes well, its layers, and what its batch norms yield."""
+
+    network: fx.GraphModule
+    layers: list[Layer]
+    normals: Normals
+
+
+@torch.no_grad()
+def rewrite(teacher: fx.GraphModule, config: DfqConfig) -> Rewritten:
+    """A copy of the teacher, folded, equalised and with its high biases absorbed: the same function, but for those."""
+    network = copy.deepcopy(teacher)
+    layers, normals = fold(network)
+    joined = pairs(network, layers)
+    equalise(joined, normals, config)
+    absorb(joined, normals, config)
+    return Rewritten(network, layers, normals)
+
+
 def dfq(
     teacher: fx.GraphModule,
     qconfig: QConfig,
@@ -94,6 +114,7 @@ def dfq(
     *,
     images: Sequence[Tensor] = (),
     image_range: tuple[float, float] | None = None,
+    rewritten: Rewritten | None = None,
 ) -> fx.GraphModule:
     """Folds, equalises, absorbs high biases, quantizes and corrects biases.
 
@@ -107,6 +128,7 @@ def dfq(
         images: batches (N, C, H, W) for the activation ranges; without them the batch norms say them.
         image_range: the least and largest value of an image, in the network's normalised space, where it is quantized
             and there are no ``images``.
+        rewritten: what ``rewrite`` gave, for a caller who wants the float network too.
 
     Returns:
         A prepared network with ranges. Its float weights are the rewritten ones: batch norms behind a convolution have
@@ -118,12 +140,8 @@ def dfq(
     config = config or DfqConfig()
     if len(images) == 0:
         check_ranges(teacher, qconfig)
-    network = copy.deepcopy(teacher)
+    network, layers, normals = rewritten or rewrite(teacher, config)
     with torch.no_grad():
-        layers, normals = fold(network)
-        joined = pairs(network, layers)
-        equalise(joined, normals, config)
-        absorb(joined, normals, config)
         student = prepare(network, qconfig)
         known = moments(network, normals, config.sigmas, image_range)
         if config.correct:

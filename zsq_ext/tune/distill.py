@@ -8,22 +8,27 @@ others. One step costs two forwards of each network at most: the maps come out o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from zsq_ext.core.check import require
 from zsq_ext.core.steps import Terms
 from zsq_ext.ops import KD_SCALINGS, distill_head
+from zsq_ext.ops.heads_distill import Distilled
 from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.graph import attribute, find, with_taps
 from zsq_ext.quant.prepare import weights_together
 from zsq_ext.quant.structure import ClassifierTail, cam_layer, classifier_tail, feature_maps
+from zsq_ext.synth.objectives import wrong_over_right
 from zsq_ext.tune.cam import ALPHA_FLOOR, autograd_alpha, bn_slope, cam_classes, cam_loss, closed_form_alpha
-from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, Perturb, SoftLabels
+from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, Mix, Perturb, SoftLabels
 from zsq_ext.tune.losses import feature_alignment, signed_perturbation
+from zsq_ext.tune.mix import Labels, MixedLabels
 
 Kind = TypeVar("Kind")
 
@@ -61,9 +66,13 @@ class Distiller:
         config: terms and ideas.
         fused: False runs both networks operator by operator, as they were captured; to measure against.
 
+    Attributes:
+        plain: the terms are of the logits alone: no idea needs maps or images that were moved.
+
     Raises:
-        ValueError: CAM alignment is on and the network has no convolution with a map larger than 1 x 1, or feature
-            alignment is on and it has no batch norm.
+        ValueError: CAM alignment is on and the network has no convolution with a map larger than 1 x 1, feature
+            alignment is on and it has no batch norm, or the teacher's answers are to be mixed though more than they
+            alone is compared.
     """
 
     def __init__(
@@ -74,16 +83,23 @@ class Distiller:
         self._cam = config.find(CamAlign)
         self._perturb = config.find(Perturb)
         self._soft = config.find(SoftLabels)
+        self.plain = self._align is None and self._cam is None and self._perturb is None
+        mix = config.find(Mix)
+        if mix is not None and not mix.teacher and not self.plain:
+            others = [idea for idea in (self._align, self._cam, self._perturb) if idea is not None]
+            raise ValueError(f"Mix: teacher must be True beside {type(others[0]).__name__}, got False")
         self._teacher = _Network(teacher, self._align is not None, self._cam is not None, fused)
         self._student = _Network(student, self._align is not None, self._cam is not None, fused)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Terms:
+    def __call__(self, images: Tensor, labels: Labels) -> Terms:
         """Loss terms of one batch, each already times its weight; their sum is the loss.
 
         Args:
             images: (B, C, H, W), in the networks' input space.
-            labels: (B,) int64.
+            labels: (B,) int64, or both labels of mixed images.
         """
+        if isinstance(labels, MixedLabels) and labels.answers is not None:
+            return self.of_logits(self._student.run(images.detach(), with_grad=True).logits, labels.answers, labels)
         perturb = self._perturb
         x = images.detach().requires_grad_(perturb is not None)
         maps = self._cam is not None
@@ -100,18 +116,62 @@ class Distiller:
             )
             terms |= {f"{name}_perturbed": perturb.weight * value for name, value in hard.items()}
         if self._cam is not None:
+            labels = labels.larger if isinstance(labels, MixedLabels) else labels
             terms["cam"] = self._cam.weight * self._map_distance(self._cam, student, teacher, labels, images.shape[2:])
         return terms
 
+    def of_logits(self, student: Tensor, teacher: Tensor, labels: Labels) -> Terms:
+        """The terms of logits that were computed elsewhere, as ``__call__`` gives them for the images behind.
+
+        Args:
+            student, teacher: (B, K); gradients pass through both, as far as they have graphs.
+            labels: (B,) int64, or both labels of mixed images.
+
+        Raises:
+            ValueError: an idea needs more than logits (``plain`` is False).
+        """
+        if not self.plain:
+            raise ValueError("Distiller.of_logits: ideas must need logits alone, got ones that need maps or images")
+        return self._bracket(_Seen(student, (), {}), _Seen(teacher, (), {}), labels, None, None)[0]
+
+    def answer(self, images: Tensor) -> Tensor:
+        """The student's logits (B, K), with a graph back to its parameters and to images that have one."""
+        return self._student.run(images, with_grad=True).logits
+
+    def ask(self, images: Tensor) -> Tensor:
+        """The teacher's logits (B, K), without a graph."""
+        return self._teacher.run(images).logits
+
     def _bracket(
-        self, student: _Seen, teacher: _Seen, labels: Tensor, easy: Tensor | None, align: FeatureAlign | None
-    ) -> tuple[Terms, Tensor | None]:
-        """The terms, and whose labels are trusted: decided here, unless it is known already."""
-        config, soft, hard = self.config, self._soft, self.config.ce > 0
-        head = distill_head(
+        self,
+        student: _Seen,
+        teacher: _Seen,
+        labels: Labels,
+        easy: Sequence[Tensor] | None,
+        align: FeatureAlign | None,
+    ) -> tuple[Terms, Sequence[Tensor] | None]:
+        """The terms, and per set of labels whose are trusted: decided here, unless it is known already."""
+        hard = self.config.ce > 0
+        sets = labels[:2] if isinstance(labels, MixedLabels) else (labels,)
+        given = [(own, None) for own in sets] if easy is None else list(zip(sets, easy, strict=True))
+        heads = [self._head(student, teacher, *one) for one in given] if hard else [self._head(student, teacher)]
+        terms = {"kd": heads[0].kd}
+        if hard and isinstance(labels, MixedLabels):
+            terms["ce"] = self._mixed(student, labels, *heads)
+        elif hard:
+            terms["ce"] = heads[0].ce
+        if align is not None:
+            terms["fa"] = align.weight * feature_alignment(teacher.features, student.features)
+        return terms, [head.easy for head in heads] if hard else None
+
+    def _head(
+        self, student: _Seen, teacher: _Seen, labels: Tensor | None = None, easy: Tensor | None = None
+    ) -> Distilled:
+        config, soft = self.config, self._soft
+        return distill_head(
             student.logits,
             teacher.logits,
-            labels if hard else None,
+            labels,
             kd=config.kd,
             alpha=config.alpha,
             temperature=config.temperature,
@@ -120,10 +180,17 @@ class Distiller:
             strict=soft is not None and soft.strict,
             easy=easy,
         )
-        terms = {"kd": head.kd} | ({"ce": head.ce} if hard else {})
-        if align is not None:
-            terms["fa"] = align.weight * feature_alignment(teacher.features, student.features)
-        return terms, head.easy if hard else None
+
+    def _mixed(self, student: _Seen, labels: MixedLabels, first: Distilled, second: Distilled) -> Tensor:
+        """Both labels' cross-entropies by their shares, each over the samples that the teacher trusts it on."""
+        share = labels.share
+        if share.dim() == 0:
+            return share * first.ce + (1 - share) * second.ce
+        each = (  # the head adds its samples up, and these have a share each
+            portion * head.easy * F.softplus(wrong_over_right(student.logits, own))
+            for portion, head, own in ((share, first, labels.first), (1 - share, second, labels.second))
+        )
+        return self.config.ce * torch.stack(list(each)).sum(0).mean()
 
     def _map_distance(self, cam: CamAlign, student: _Seen, teacher: _Seen, labels: Tensor, size: torch.Size) -> Tensor:
         return cam_loss(

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from zsq_ext.core.check import require
+from zsq_ext.synth.adversarial import DISCREPANCIES, MARGIN_FORMS
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,76 @@ class Perturb:
         require("Perturb", "eps", self.eps, self.eps > 0, "be positive")
 
 
-Idea = LowPass | CamAlign | SoftLabels | FeatureAlign | Perturb
-BY_NAME = {cls.__name__: cls for cls in (LowPass, CamAlign, SoftLabels, FeatureAlign, Perturb)}
+@dataclass(frozen=True)
+class Agm:
+    """AGM's first idea: the generator is pushed to where the networks still agree (``synth.adversarial``).
+
+    The paper's text was not available to us, only its abstract: the formula and every default here are ours, derived
+    from what the abstract asks for.
+
+    Args:
+        weight: of the loss beside the generator's own, >= 0; 0 is the method without AGM, bit for bit.
+        form: ``"smooth_hinge"``, a hinge at a Gaussian margin; ``"gauss"`` or ``"erfc"``.
+        discrepancy: ``"normalized"`` by the size of the teacher's logits, or ``"mse"``: root mean square, as they are.
+        margin, sigma: m, up to where the push lasts, and s, how softly it fades; > 0. None finds both in the first
+            epoch of tuning, in which the loss is off; ``"gauss"`` and ``"erfc"`` have no m.
+        margin_factor: what m found so is of the networks' mean discrepancy, > 0.
+        sigma_factor: what s is of m where it is not given, > 0.
+        limit_below: the teacher's accuracy on the generator's images below which the push may be no longer than the
+            rest of their gradient, in [0, 1].
+    """
+
+    weight: float = 1.0
+    form: Literal["smooth_hinge", "gauss", "erfc"] = "smooth_hinge"
+    discrepancy: Literal["normalized", "mse"] = "normalized"
+    margin: float | None = None
+    sigma: float | None = None
+    margin_factor: float = 1.0
+    sigma_factor: float = 0.5
+    limit_below: float = 0.5
+
+    def __post_init__(self) -> None:
+        require("Agm", "weight", self.weight, self.weight >= 0, "be at least 0")
+        require("Agm", "form", self.form, self.form in MARGIN_FORMS, f"be one of {', '.join(MARGIN_FORMS)}")
+        kinds = f"be one of {', '.join(DISCREPANCIES)}"
+        require("Agm", "discrepancy", self.discrepancy, self.discrepancy in DISCREPANCIES, kinds)
+        for name in ("margin", "sigma"):
+            value = getattr(self, name)
+            require("Agm", name, value, value is None or 0 < value < math.inf, "be None or positive and finite")
+        for name in ("margin_factor", "sigma_factor"):
+            value = getattr(self, name)
+            require("Agm", name, value, 0 < value < math.inf, "be positive and finite")
+        require("Agm", "limit_below", self.limit_below, 0 <= self.limit_below <= 1, "be in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """AGM's second idea: the student learns on interpolated images, with both labels (``tune.mix``).
+
+    Of the paper's own scheme nothing but the name was available to us; the defaults are those of mixup.
+
+    Args:
+        a: the share of the first image is drawn from Beta(a, a), > 0.
+        probability: of mixing a batch at all, in [0, 1]; 0 is the method without mixing, bit for bit.
+        per_sample: a share for every image instead of one for the batch.
+        teacher: ask the teacher about the mixed images; False mixes its answers on the two, which costs no forward but
+            is not what it would say, and goes with no idea that compares maps or moves images.
+    """
+
+    a: float = 1.0
+    probability: float = 1.0
+    per_sample: bool = False
+    teacher: bool = True
+
+    def __post_init__(self) -> None:
+        require("Mix", "a", self.a, 0 < self.a < math.inf, "be positive and finite")
+        require("Mix", "probability", self.probability, 0 <= self.probability <= 1, "be in [0, 1]")
+        for name in ("per_sample", "teacher"):
+            require("Mix", name, getattr(self, name), isinstance(getattr(self, name), bool), "be True or False")
+
+
+Idea = LowPass | CamAlign | SoftLabels | FeatureAlign | Perturb | Agm | Mix
+BY_NAME = {cls.__name__: cls for cls in (LowPass, CamAlign, SoftLabels, FeatureAlign, Perturb, Agm, Mix)}
 
 
 def merge(ideas: tuple[Idea, ...], more: tuple[Idea, ...]) -> tuple[Idea, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,16 @@ def precision_of(network: Callable[[Tensor], Heads], batches: Iterable[tuple[Ten
 
     Raises:
         ImportError: as ``average_precision``.
-        ValueError: as ``average_precision``, or there is no batch.
+        ValueError: as ``average_precision``, there is no batch, or the network returns something else.
     """
+    pycocotools()  # before anything is computed for it
     found, truth = [], []
     for images, objects in batches:
-        found += decode(network(images), (images.shape[2], images.shape[3]))
+        heads = network(images)
+        if not isinstance(heads, dict) or heads.keys() != {"classes", "boxes"}:
+            got = list(heads) if isinstance(heads, dict) else type(heads).__name__
+            raise ValueError(f"precision_of: network must return a dict of 'classes' and 'boxes', got {got}")
+        found += decode(heads, (images.shape[2], images.shape[3]))
         truth.append(objects)
     if not truth:
         raise ValueError("precision_of: batches must hold at least one batch, got none")
@@ -51,11 +57,7 @@ def average_precision(found: Sequence[Detections], truth: Objects) -> dict[str, 
         ImportError: pycocotools is not installed.
         ValueError: the numbers of images differ, or there is no object to find.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise ImportError("average_precision: pycocotools must be installed: pip install zsq_ext[detection]") from error
+    coco, coco_eval = pycocotools()
     if len(found) != len(truth.boxes):
         raise ValueError(
             f"average_precision: found must have an entry per image, got {len(found)} for {len(truth.boxes)} images"
@@ -76,7 +78,7 @@ def average_precision(found: Sequence[Detections], truth: Objects) -> dict[str, 
         )
     ]
     with contextlib.redirect_stdout(io.StringIO()):  # it narrates
-        expected, got = COCO(), COCO()
+        expected, got = coco(), coco()
         for data, annotations in ((expected, objects), (got, results)):
             data.dataset = {
                 "images": [{"id": image} for image in range(len(found))],
@@ -84,11 +86,27 @@ def average_precision(found: Sequence[Detections], truth: Objects) -> dict[str, 
                 "annotations": [{"id": number, **row} for number, row in enumerate(annotations, 1)],
             }
             data.createIndex()
-        evaluation = COCOeval(expected, got, "bbox")
+        evaluation = coco_eval(expected, got, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return {"AP50": 100 * float(evaluation.stats[1]), "AP": 100 * float(evaluation.stats[0])}
+
+
+def pycocotools() -> tuple[Any, Any]:
+    """What counts: the classes ``COCO`` and ``COCOeval``.
+
+    Raises:
+        ImportError: pycocotools is not installed, with the command that installs it.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise ImportError(
+            'average_precision: pycocotools must be installed: pip install "zsq_ext[detection]"'
+        ) from error
+    return COCO, COCOeval
 
 
 def _width_and_height(boxes: Tensor) -> list[list[float]]:

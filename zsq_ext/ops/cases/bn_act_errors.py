@@ -37,6 +37,12 @@ BN_ACT_ERRORS = (
         {"u": torch.zeros(2, 4, 3, dtype=torch.float64), "residual": None},
     ),
     ErrorCase("var_device", ValueError, "bn_act: var must be on cpu, got meta", {"var": torch.ones(4, device="meta")}),
+    ErrorCase(
+        "var_that_learns",
+        ValueError,
+        "bn_act: var must be a constant, got one that requires a gradient",
+        {"var": torch.ones(4, requires_grad=True)},
+    ),
     ErrorCase("eps_negative", ValueError, "bn_act: eps must be >= 0 and finite, got -1.0", {"eps": -1.0}),
     ErrorCase("eps_nan", ValueError, "bn_act: eps must be >= 0 and finite, got nan", {"eps": float("nan")}),
     ErrorCase(

@@ -44,7 +44,7 @@ def _row(case: tuple[str, int, int, int], pass_: str, device: str) -> dict[str, 
     kind, side, classes, batch = case
     ours, plain = _calls(kind, side, classes, batch, pass_, device)
     timing.assert_equal(f"generator, {side} px", ours(), plain(), _TOLERANCE)
-    times = timing.compare({"ours": ours, "plain": plain}, [()], device, seconds=10)
+    times = timing.compare({"ours": ours, "plain": plain}, [()], device, seconds=3)
     row = timing.row(
         op="generator", case=f"{kind} {side} px B={batch}", dtype=torch.float32, device=device, backend="torch",
         pass_=pass_, timing=times["ours"], bytes_=0, flops=count_flops(ours),

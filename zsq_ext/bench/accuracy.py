@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan
 from pathlib import Path
@@ -33,6 +33,7 @@ from zsq_ext.bench.timing import environment
 from zsq_ext.core.progress import QUIET, Progress
 from zsq_ext.core.run import write_atomically
 from zsq_ext.methods import controls
+from zsq_ext.methods.alternating import Alternating
 from zsq_ext.methods.images import GaussianImages
 from zsq_ext.methods.job import Images, hold_out
 from zsq_ext.methods.recipe import ImageSource, Recipe
@@ -97,7 +98,8 @@ def run_table(
     teacher = {f"teacher_{figure}": value for figure, value in api.measured(model, test(), task.measure).items()}
 
     def recipe_of(variant: Variant) -> Recipe:
-        recipe = methods.get(variant.method).config(preset, "repo")
+        method = methods.get(variant.method)
+        recipe = method.config(preset, method.profiles[0])
         return config(variant.change(for_network(name, recipe) if preset == "smoke" else recipe))
 
     # the agreement of all variants is judged on one held-out set: the unchanged images of the last one's method
@@ -116,16 +118,18 @@ def run_table(
                     continue
                 if deadline is not None and time.monotonic() > deadline:
                     return
-                source = _source(variant, settings)
-                for kind in (judge, source):
-                    if kind not in sets:
-                        sets[kind] = _images(kind, task, model, judge, seed, progress)
-                made = sets[source].judged_on(sets[judge])
+                made = None
+                if not isinstance(settings.tune, Alternating):  # which makes its images as it goes
+                    source = _source(variant, settings)
+                    for kind in (judge, source):
+                        if kind not in sets:
+                            sets[kind] = _images(kind, task, model, judge, seed, progress)
+                    made = sets[source].judged_on(sets[judge])
                 progress.say(f"{name} seed {seed} {variant.name} {_label(w_bits, a_bits)}")
                 table.add({**keys, **teacher, **_row(model, keys, settings, made, test)})
 
 
-def _row(model: nn.Module, keys: dict[str, Any], settings: Recipe, made: _Set, test: TestSet) -> dict[str, Any]:
+def _row(model: nn.Module, keys: dict[str, Any], settings: Recipe, made: _Set | None, test: TestSet) -> dict[str, Any]:
     begin = time.perf_counter()
     evaluating = [0.0]
 
@@ -137,7 +141,7 @@ def _row(model: nn.Module, keys: dict[str, Any], settings: Recipe, made: _Set, t
 
     result = api.quantize(
         model, keys["method"], w_bits=keys["w_bits"], a_bits=keys["a_bits"], input_spec=test.task.spec, config=settings,
-        images=made.images, test=test, measure=timed, seed=keys["seed"], progress=QUIET,
+        images=None if made is None else made.images, test=test, measure=timed, seed=keys["seed"], progress=QUIET,
     )  # fmt: skip
     seconds = time.perf_counter() - begin - evaluating[0]
     agreement = result.quality.agreement
@@ -145,8 +149,15 @@ def _row(model: nn.Module, keys: dict[str, Any], settings: Recipe, made: _Set, t
         **{f"{figure}_last": value for figure, value in result.accuracy.items()},
         **{f"{figure}_best": value for figure, value in result.best_accuracy.items()},
         "agreement": None if isnan(agreement) else agreement,  # None for a detector
-        "seconds": round(seconds + made.seconds, 1),  # images included, evaluation not
+        "seconds": round(seconds + (0 if made is None else made.seconds), 1),  # images included, evaluation not
+        **_late(result.histories.get("temporal", [])),
     }
+
+
+def _late(looks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """How far a generator moved between two looks, as a mean over the last half of a run (``synth.drift``)."""
+    drifts = [row["drift"] for row in looks[len(looks) // 2 :] if "drift" in row]
+    return {"late_drift": statistics.fmean(drifts)} if drifts else {}
 
 
 @dataclass(frozen=True)

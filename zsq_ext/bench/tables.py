@@ -9,9 +9,10 @@ from typing import Any
 from zsq_ext.methods import synq
 from zsq_ext.methods.alternating import Distilling
 from zsq_ext.methods.dgh import DghImages
+from zsq_ext.methods.generated import GeneratedImages
 from zsq_ext.methods.images import PixelImages
 from zsq_ext.methods.recipe import Recipe
-from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, LowPass, Perturb, SoftLabels
+from zsq_ext.tune.ideas import Agm, CamAlign, FeatureAlign, Idea, LowPass, Mix, Perturb, SoftLabels, merge
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,35 @@ DGH_ABLATIONS = (
 )
 
 
+def adding(*ideas: Idea) -> Callable[[Recipe], Recipe]:
+    """Switches ideas on."""
+    return with_ideas(lambda own: merge(own, ideas))
+
+
+def at_constant_rate(recipe: Recipe) -> Recipe:
+    """The generator's learning rate does not fall: a published schedule alone makes a generator stand still."""
+    images = recipe.images
+    if not isinstance(images, GeneratedImages):
+        raise TypeError(f"accuracy: these images must be a generator's, got {type(images).__name__}")
+    return replace(recipe, images=replace(images, generator=replace(images.generator, lr_epochs=())))
+
+
+# AGM's two ideas on two bases; whether they do more than a rate that does not fall
+AGM_VARIANTS = (
+    Variant("GDFQ", "gdfq"),
+    Variant("GDFQ + AGM + mixing", "gdfq", change=adding(Agm(), Mix())),
+)
+AGM_BASES = (
+    *AGM_VARIANTS,
+    Variant("GDFQ + AGM", "gdfq", change=adding(Agm())),
+    Variant("GDFQ at a constant rate", "gdfq", change=at_constant_rate),
+    Variant("KMDFQ", "kmdfq"),
+    Variant("KMDFQ + AGM + mixing", "kmdfq", change=adding(Agm(), Mix())),
+    Variant("AdaDFQ", "adadfq"),
+    Variant("SynQ without its ideas", "synq", change=without(*synq.IDEAS)),
+)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Some rows of a table: every variant at all bits on one network, for so many seeds."""
@@ -128,6 +158,11 @@ TABLES = {
         Plan("resnet20", DGH_VARIANTS, (W4A4, W3A3, W3), 5),
         Plan("resnet20", DGH_ABLATIONS, (W3A3,), 5),
         Plan("mobilenet_small", DGH_VARIANTS, (W4A4, W3A3), 3),
+    ),
+    "agm": (
+        Plan("resnet20", AGM_BASES, (W3A3,), 5),
+        Plan("resnet20", AGM_VARIANTS, (W4A4,), 3),
+        Plan("mobilenet_small", AGM_VARIANTS, (W4A4, W3A3), 3),
     ),
     "detection": (Plan("fpn_small", DGH_VARIANTS, (W8A8, W4A8), 3, "shape_scenes"),),
 }

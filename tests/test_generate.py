@@ -2,12 +2,13 @@
 
 Broken on purpose, each turned a test here red:
 
-* the rate never set, or an epoch late; the gradients in another order; Adam's betas forgotten    -> by hand
-* the weight of a term forgotten; a term of weight 0 kept                                         -> terms
-* noise of the global stream, or the same noise at every step; the start from the global stream   -> seed
-* the optimizer, or what the images changed, left out of the state                                -> resumed
-* a last batch of what is left instead of a whole one; labels of another draw                     -> samples
-* images handed out after the step, or with their graph                                           -> handed out
+* the rate never set, or an epoch late; the gradients doubled; Adam's betas forgotten; gradients kept    -> by hand
+* the weight of a term forgotten; a term of weight 0 kept                                               -> terms
+* noise of the global stream, or the same at every step or for samples; a start from the global stream  -> seed
+* the optimizer, or what the images changed, left out of the state                                      -> resumed
+* a last batch of what is left instead of a whole one; labels of another draw                           -> samples
+* images handed out after the step, or with their graph                                                 -> handed out
+* classes, an empty loss, or a batch of one unchecked                                                   -> refusals
 """
 
 import random

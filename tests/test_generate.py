@@ -124,7 +124,7 @@ def test_it_is_a_function_of_the_seed_and_leaves_global_streams_alone(frozen, na
     torch.manual_seed(6)
     assert train(frozen, kind(name)) == first
     assert train(frozen, kind(name), seed=1) != first
-    draws = [trainer_of().draw(n, stream) for n in (0, 1) for stream in ("latent", "sample")]
+    draws = [trainer_of().draw(n, *stream) for n in (0, 1) for stream in ((), ("sample",))]
     assert len({z[0, 0].item() for z, _ in draws}) == 4
     assert all(z.shape == (6, 100) and labels.shape == (6,) and labels.max() < 5 for z, labels in draws)
 

@@ -1,10 +1,10 @@
 """The alternating trainer: it is GDFQ's loop, written out plainly here; what it shares, freezes and leaves be.
 
 Broken on purpose, each turned a test here red: the generator's step before the student's forward; AGM's gradient
-through one network alone; AGM in the epoch that finds its margin; mixed images for the generator; the teacher's answers to the
-unmixed images; ranges that follow mixed images, or that follow on; a student that learns in the warm-up; a weight of 0
-that still asks the student; a second forward where one serves both; the limit without its base; a checkpoint without
-the ranges, the margin or either optimizer.
+through one network alone; AGM in the epoch that finds its margin; mixed images for the generator; the teacher's
+answers to the unmixed images; ranges that follow mixed images, or that follow on; a student that learns in the warm-
+up; a weight of 0 that still asks the student; a second forward where one serves both; the limit without its base; a
+checkpoint without the ranges, the margin or either optimizer.
 """
 
 import copy
@@ -20,6 +20,7 @@ from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import activation_quantizers, calibrating
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.synth.adversarial import adversarial_margin, discrepancy, entropy_band, gaussian_margin
+from zsq_ext.synth.drift import Drift, DriftConfig
 from zsq_ext.synth.generate import GeneratorConfig, GeneratorTrainer, generator_terms
 from zsq_ext.synth.teacher import Teacher
 from zsq_ext.tune.alternate import AlternateConfig, alternate
@@ -296,30 +297,47 @@ def test_evaluations_begin_behind_the_warm_up(teacher):
     assert all("top1" not in row for row in found.history)
 
 
-@pytest.mark.parametrize("stop", [3, 13, 17])
+def test_looking_at_the_generator_changes_nothing(teacher):
+    game, watched = Game(teacher, replace(KD, ideas=(Agm(),))), Game(teacher, replace(KD, ideas=(Agm(),)))
+    plain = game.play()
+    drift = Drift(teacher, watched.generator, DriftConfig(latents=12, every_epochs=2), 5)
+    found = watched.play(drift=drift, evaluate=lambda student: {"top1": 1.0})
+    assert same(game, watched)
+    assert found.history == plain.history
+    assert [row["step"] for row in found.temporal] == [10, 20]
+    assert [row["epoch"] for row in found.evaluations] == [3, 4, 5]
+    assert "median_discrepancy" not in found.temporal[0]  # nobody asked the student in the warm-up
+    assert found.temporal[1].keys() == {"step", "drift", "spread", "gradient_norm", "median_discrepancy"}
+    assert plain.temporal == []
+
+
+@pytest.mark.parametrize("stop", [11, 16, 21])
 def test_a_stopped_run_goes_on_bit_for_bit(teacher, tmp_path, stop):
-    """In the range epochs, while the margin is looked for, behind."""
+    """While the margin is looked for, and behind; checkpoints are taken at every tenth step."""
     distill = replace(KD, ideas=(Agm(), Mix()))
+
+    def looks(game):
+        return Drift(teacher, game.generator, DriftConfig(latents=12, every_epochs=1), 5)
+
     unbroken = Game(teacher, distill)
-    history = unbroken.play().history
+    whole = unbroken.play(drift=looks(unbroken))
 
     class Stop(Exception):
         pass
 
     broken = Game(teacher, distill, run=Run(tmp_path, {}, checkpoint_seconds=0))
-    images = broken.generator.images
-    calls = iter(range(100))
+    draw_ = broken.generator.draw
 
-    def stopping(*args):
-        if next(calls) == stop + 7:
+    def stopping(n, *more):
+        if n == stop:
             raise Stop
-        return images(*args)
+        return draw_(n, *more)
 
-    broken.generator.images = stopping
+    broken.generator.draw = stopping
     with pytest.raises(Stop):
-        broken.play()
+        broken.play(drift=looks(broken))
     resumed = Game(teacher, distill, run=Run(tmp_path, {}, resume=True, checkpoint_seconds=0))
-    assert resumed.play().history == history
+    assert resumed.play(drift=looks(resumed)) == whole
     assert resumed.seen < 25
     assert same(resumed, unbroken)
 

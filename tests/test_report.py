@@ -345,3 +345,17 @@ def test_untuned_network_is_measured_too():
     assert [row["epoch"] for row in result.evaluations] == [0]
     assert result.teacher_top1 == zsq.evaluate(tiny(), batches())
     assert result.top1_best is None  # there was no epoch
+
+
+def test_a_generators_curves_are_drawn_over_training(run, tmp_path):
+    result, _ = run
+    rows = [{"step": n, "drift": 0.1 / n, "spread": 0.5, "gradient_norm": 1.0 / n} for n in (10, 20, 30)]
+    watched = dataclasses.replace(result, histories={**result.histories, "temporal": rows})
+    page = write(watched, tmp_path).read_text()
+    assert page.count('<section id="temporal"') == 1
+    assert page.count("feature drift by step") == 1
+    reader = Balance()
+    reader.feed(page)
+    assert reader.open == []
+    assert {link[1:] for link in reader.links} <= reader.anchors
+    assert '<section id="temporal"' not in write(result, tmp_path).read_text()

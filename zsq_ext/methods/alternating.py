@@ -16,6 +16,7 @@ from zsq_ext.methods.recipe import ImageSource
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.synth.adversarial import agreement, disagreement, entropy_band
+from zsq_ext.synth.drift import Drift, DriftConfig
 from zsq_ext.synth.filters import LowPass as LowPassFilter
 from zsq_ext.synth.generate import GeneratorTrainer, generator_terms
 from zsq_ext.synth.teacher import Context, Teacher
@@ -33,6 +34,7 @@ class Alternating:
 
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: AlternateConfig = field(default_factory=AlternateConfig)
+    drift: DriftConfig | None = field(default_factory=DriftConfig)  # None: nobody looks
 
     @property
     def title(self) -> str:
@@ -59,6 +61,8 @@ class Alternating:
         student = prepare(job.teacher, job.qconfig)
         generator = GeneratorTrainer(stage, job.num_classes, job.spec.shape, made.generator, job.device)
         idea = self.distill.find(LowPass)
+        rounds = self.train.steps_per_epoch
+        looks = None if self.drift is None else Drift(job.teacher, generator, self.drift, rounds)
         trained = alternate(
             stage,
             student,
@@ -68,11 +72,12 @@ class Alternating:
             Distiller(job.teacher, student, self.distill),
             self.train,
             sees_student=made.band is not None,
+            drift=looks,
             filter_batch=None if idea is None else LowPassFilter(job.spec.shape[1:], idea.d0).to(job.device),
             evaluate=job.evaluate,
         )
         images, labels = generator.sample(made.images + made.held_out)
-        histories = {"tuning": trained.history, "calibration": trained.calibration}
+        histories = {"tuning": trained.history, "calibration": trained.calibration, "temporal": trained.temporal}
         drawn = hold_out(images, labels, made.held_out)
         return Outcome(student, drawn, histories, trained.evaluations, self.train.epochs)
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from zsq_ext.methods.alternating import Alternating
 from zsq_ext.methods.generated import GeneratedImages
 from zsq_ext.methods.recipe import Recipe
+from zsq_ext.synth.drift import DriftConfig
 from zsq_ext.synth.generate import EntropyBand, GeneratorConfig
 from zsq_ext.tune.alternate import AlternateConfig
 from zsq_ext.tune.distill import DistillConfig
@@ -21,7 +22,8 @@ Halves = tuple[GeneratedImages, Alternating]
 
 def gdfq(preset: str) -> Halves:
     """Algorithm 1: the generator descends CE + 0.1 BNS, the student CE + T^2 KL."""
-    return IMAGES[preset], Alternating(DistillConfig(kd="kl_mean", alpha=1.0, temperature=20.0, ce=1.0), TRAIN[preset])
+    distill = DistillConfig(kd="kl_mean", alpha=1.0, temperature=20.0, ce=1.0)
+    return IMAGES[preset], Alternating(distill, TRAIN[preset], DRIFT[preset])
 
 
 def kmdfq(preset: str) -> Halves:
@@ -29,8 +31,9 @@ def kmdfq(preset: str) -> Halves:
     images, train = IMAGES[preset], TRAIN[preset]
     if preset == "cifar":
         train = replace(train, warmup_epochs=20)  # README
+    distill = DistillConfig(kd="mse", alpha=1.0, ce=1.0)
     generator = replace(images.generator, bns=1.0)  # README; the command line's default is 0.1
-    return replace(images, generator=generator), Alternating(DistillConfig(kd="mse", alpha=1.0, ce=1.0), train)
+    return replace(images, generator=generator), Alternating(distill, train, DRIFT[preset])
 
 
 def adadfq(preset: str) -> Halves:
@@ -46,7 +49,7 @@ def adadfq(preset: str) -> Halves:
         generator, train = replace(generator, lr_epochs=(350, 400)), replace(train, lr=1e-5, lr_epochs=(350, 400))
         temperature = 5.0
     distill = DistillConfig(kd="entropy", alpha=1.0, temperature=temperature, ce=0.0)
-    return replace(images, generator=generator, band=EntropyBand()), Alternating(distill, train)
+    return replace(images, generator=generator, band=EntropyBand()), Alternating(distill, train, DRIFT[preset])
 
 
 def recipe(halves: Callable[[str], Halves]) -> Callable[[str, str], Recipe]:
@@ -80,3 +83,5 @@ TRAIN = {
         clip=100.0,
     ),
 }
+
+DRIFT = {"imagenet": DriftConfig(), "cifar": DriftConfig(), "smoke": DriftConfig(latents=128, every_epochs=1)}

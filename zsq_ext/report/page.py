@@ -17,6 +17,7 @@ from zsq_ext.report.html import Html
 from zsq_ext.report.likeness import likeness
 from zsq_ext.report.result import Accuracy, Result, duration, summary
 from zsq_ext.report.result import title as title_of
+from zsq_ext.report.temporal import curves, temporal
 from zsq_ext.synth.distance import ImageFigures
 
 FILE = "report.html"
@@ -100,6 +101,8 @@ def write_report(
         add(f"spectra{own}", f"Spectra of the images{of}", sections.spectra(result))
         if result.figures != ImageFigures():
             add(f"likeness{own}", f"The images as the teacher sees them{of}", likeness(result.figures))
+    if curves(results):
+        add("temporal", "The generator over time", temporal(curves(results)))
     for index, (name, result) in enumerate(results.items()):
         own = f"-{index}" if index else ""
         of = f": {name}" if len(results) > 1 else ""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zsq_ext.quant.modules import activation_quantizers
-from zsq_ext.report import html, pictures, png
+from zsq_ext.report import html, pictures, png, temporal
 from zsq_ext.report.blocks import HISTORY
 from zsq_ext.report.html import Html
 from zsq_ext.report.result import Accuracy, Result, duration, number, title
@@ -22,6 +22,7 @@ ANALYSED = 512
 _STAGES = {"images": "Making the images", "ranges": "Training the range generator", "tuning": "Tuning"}
 _VARIANT = "_perturbed"
 _CALIBRATION = "calibration"
+_NO_LOSSES = (_CALIBRATION, HISTORY, temporal.HISTORY)  # they have sections of their own
 
 
 def accuracy(rows: Sequence[Accuracy], measured_on: str) -> Html:
@@ -156,7 +157,7 @@ def _range_curves(result: Result, sites: int) -> list[list[Html]]:
 def losses(result: Result) -> Html:
     parts = []
     for stage, history in result.histories.items():
-        if not history or stage in (_CALIBRATION, HISTORY):  # no losses: they have sections of their own
+        if not history or stage in _NO_LOSSES:
             continue
         batches = len({row.get("batch", 0) for row in history})
         parts_of = "parts" if result.histories.get(HISTORY) and stage == "tuning" else "batches"

@@ -25,7 +25,8 @@ from zsq_ext.core.steps import Stage, State, Terms, run_steps
 from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.modules import RangeTrace, activation_quantizers, calibrating
 from zsq_ext.quant.prepare import weights_together
-from zsq_ext.synth.adversarial import adversarial_margin, limited
+from zsq_ext.synth.adversarial import adversarial_margin, discrepancy, limited
+from zsq_ext.synth.drift import Drift
 from zsq_ext.synth.generate import GeneratorTrainer
 from zsq_ext.synth.teacher import Context, Teacher
 from zsq_ext.tune.distill import Distiller, sum_terms
@@ -69,9 +70,13 @@ class AlternateConfig(SgdConfig):
 
 @dataclass(frozen=True)
 class Alternated(Tuned):
-    """What the alternating trainer leaves behind besides the student and the generator; with the ranges by batch."""
+    """What the alternating trainer leaves behind besides the student and the generator.
+
+    ``calibration`` are the ranges by batch, ``temporal`` the looks at the generator.
+    """
 
     calibration: list[dict[str, Any]]
+    temporal: list[dict[str, Any]]
 
 
 def alternate(
@@ -84,6 +89,7 @@ def alternate(
     config: AlternateConfig,
     *,
     sees_student: bool = False,
+    drift: Drift | None = None,
     filter_batch: Callable[[Tensor], Tensor] | None = None,
     evaluate: Callable[[fx.GraphModule], dict[str, Any]] | None = None,
 ) -> Alternated:
@@ -98,6 +104,7 @@ def alternate(
         distiller: what the student descends; AGM and mixing are among its ideas.
         config: length, ranges, warm-up, the student's optimiser.
         sees_student: whether ``objective`` wants the student's logits; otherwise it gets None.
+        drift: looks at the generator every few epochs.
         filter_batch: applied to what the student trains on (SynQ's released low-pass).
         evaluate: called after every epoch in which the student learned, gives a record with at least
             {"top1": percent}; it decides nothing.
@@ -142,24 +149,30 @@ def alternate(
             taught = lessons(n, images.detach(), labels, answer, seen.logits.detach())
             sgd.step(taught, epoch)
             terms |= taught
+        if drift is not None:
+            drift.note(gradients, None if answer is None else discrepancy(answer.detach(), seen.logits).median())
         generator.step(gradients, n)
         return terms
 
     def after_epoch(n: int) -> dict[str, Any] | None:
         epoch, rest = divmod(n + 1, rounds)
-        if rest or evaluate is None or epoch <= config.warmup_epochs:
+        if rest:
             return None
-        return {"epoch": epoch, **evaluate(student)}
+        judged = evaluate(student) if evaluate is not None and epoch > config.warmup_epochs else None
+        look = None if drift is None else drift.row(n)
+        row = ({} if judged is None else {"epoch": epoch, **judged}) | ({} if look is None else {"temporal": look})
+        return row or None
 
     tensors, optimizers = generator.state()
-    tensors |= {**dict(student.named_parameters()), **ranges.tensors()} | (
-        {} if push is None else push.margin.tensors()
-    )
-    state = State(tensors, {**optimizers, "student": sgd.optimizer})
+    parts = {**dict(student.named_parameters()), **ranges.tensors()}
+    for part in (None if push is None else push.margin, drift):
+        parts |= {} if part is None else part.tensors()
+    state = State({**tensors, **parts}, {**optimizers, "student": sgd.optimizer})
     history = run_steps(stage, config.epochs * rounds, step, state, advice=ADVICE, after=after_epoch)
     sgd.end()
-    losses = [row for row in history if "epoch" not in row]
-    return Alternated(losses, [row for row in history if "epoch" in row], ranges.history())
+    losses = [row for row in history if not row.keys() & {"epoch", "temporal"}]
+    looks = [{"step": row["step"], **row.pop("temporal")} for row in history if "temporal" in row]
+    return Alternated(losses, [row for row in history if "epoch" in row], ranges.history(), looks)
 
 
 class _Push:

@@ -2,12 +2,13 @@
 
 Broken on purpose, each turned a test here red:
 
-* the rate never set, or an epoch late; the gradients in another order; Adam's betas forgotten    -> by hand
-* the weight of a term forgotten; a term of weight 0 kept                                         -> terms
-* noise of the global stream, or the same noise at every step; the start from the global stream   -> seed
-* the optimizer, or what the images changed, left out of the state                                -> resumed
-* a last batch of what is left instead of a whole one; labels of another draw                     -> samples
-* images handed out after the step, or with their graph                                           -> handed out
+* the rate never set, or an epoch late; the gradients doubled; Adam's betas forgotten; gradients kept    -> by hand
+* the weight of a term forgotten; a term of weight 0 kept                                               -> terms
+* noise of the global stream, or the same at every step or for samples; a start from the global stream  -> seed
+* the optimizer, or what the images changed, left out of the state                                      -> resumed
+* a last batch of what is left instead of a whole one; labels of another draw                           -> samples
+* images handed out after the step, or with their graph                                                 -> handed out
+* classes, an empty loss, or a batch of one unchecked                                                   -> refusals
 """
 
 import random
@@ -123,7 +124,7 @@ def test_it_is_a_function_of_the_seed_and_leaves_global_streams_alone(frozen, na
     torch.manual_seed(6)
     assert train(frozen, kind(name)) == first
     assert train(frozen, kind(name), seed=1) != first
-    draws = [trainer_of().draw(n, stream) for n in (0, 1) for stream in ("latent", "sample")]
+    draws = [trainer_of().draw(n, *stream) for n in (0, 1) for stream in ((), ("sample",))]
     assert len({z[0, 0].item() for z, _ in draws}) == 4
     assert all(z.shape == (6, 100) and labels.shape == (6,) and labels.max() < 5 for z, labels in draws)
 

@@ -2,14 +2,14 @@
 
 Broken on purpose, each turned a test here red:
 
-* the sums of taps not turned by half a circle; rows turned and columns not; a weight left out of the border's sums;
-  padding 0 or 2 in the transposed convolution; the bias left out                        -> the two ways agree
-* bilinear upsampling in the plain way                                                   -> the two ways agree
-* eps 1e-5 in the inner norms; slope 0.01; tanh behind the last norm; scales that start at 0 -> by hand
-* the embedding added to the noise; the noise of the conditional kind multiplied by it   -> by hand
-* unbiased variance in a norm; the shift without the mean; each sample's own statistics; the label's row ignored
-                                                                                         -> norms by hand
-* running statistics in eval mode                                                        -> mode
+* the sums of taps not turned by half a circle, or rows turned and columns not; means for sums; a column of taps left
+  out; the bias left out; bilinear upsampling in the plain way                           -> the two ways agree, by hand
+* eps 1e-5 in an inner norm, 0.8 in the first; slope 0.01; tanh behind the last norm; scales that start at 0; the
+  embedding added to the noise, or in the conditional kind too                           -> the layers by hand
+* unbiased variance; one value too many counted; the shift without the mean; the label ignored by scales, or by shifts
+                                                                                         -> the layers, norms by hand
+* running statistics in eval mode                                                        -> standardised
+* the kind by the smaller side, or conditional from 64 pixels on; a height of 0 accepted -> sizes, what it refuses
 """
 
 import itertools

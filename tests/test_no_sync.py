@@ -155,10 +155,9 @@ def adversarial_losses():
         for step, form in enumerate(adversarial.MARGIN_FORMS[:2]):
             found = adversarial.adversarial_margin(student, teacher, margin.margin, margin.sigma, form=form)
             band = adversarial.entropy_band(student, teacher, 0.1, 0.8)
-            classes = adversarial.disagreement(student, teacher, labels) + adversarial.agreement(
-                student, teacher, labels
-            )
-            (gradient,) = torch.autograd.grad(found.loss + band + classes, student)
+            for term in (adversarial.disagreement, adversarial.agreement):
+                band = band + term(student, teacher, labels)
+            (gradient,) = torch.autograd.grad(found.loss + band, student)
             adversarial.limited(gradient, 2 * gradient, found.median)
             margin.watch(step, found.median)
         mixing.of(images)

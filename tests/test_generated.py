@@ -16,7 +16,7 @@ from zsq_ext.core.progress import QUIET
 from zsq_ext.core.run import Run
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.core.steps import Stage
-from zsq_ext.methods import generated, synq
+from zsq_ext.methods import generated, hast, synq
 from zsq_ext.methods.generated import GeneratedImages
 from zsq_ext.methods.job import Job
 from zsq_ext.methods.ptq import reconstruction
@@ -122,6 +122,15 @@ def test_any_tuning_takes_them(nets):
     assert kinds["generator"]["lr_epochs"] == [100, 200, 300]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_ranges_come_from_a_generator_where_they_did_in_the_release():
+    tuned = {
+        (preset, m): m.config(preset, "repo").tune for preset in ("smoke", "cifar", "imagenet") for m in (synq, hast)
+    }
+    for (preset, _), tune in tuned.items():
+        assert tune.ranges == ("images" if preset == "smoke" else "generator")
+        assert (tune.generator_steps, tune.generator) == (800, GeneratorConfig())
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 import zsq_ext as zsq
 from zsq_ext.core.progress import Progress
-from zsq_ext.methods import dgh, synq
+from zsq_ext.methods import agm, dgh, synq
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.synth.generate import GeneratorConfig
 from zsq_ext.synth.pixels import PixelConfig
@@ -80,9 +80,13 @@ own = dgh.config("smoke", "repo")
 stored = replace(own.images.stored, batch=6, iterations=6, border=2)
 tune = replace(own.tune, config=replace(own.tune.config, iterations=25, activation_iterations=15, batch=4))
 dgh_recipe = Recipe(replace(own.images, images=10, held_out=4, stored=stored), tune)
+own = agm.config("smoke", "kmdfq")
+made = replace(own.images, images=8, held_out=4, generator=replace(own.images.generator, batch=4, steps_per_epoch=9))
+agm_recipe = Recipe(made, replace(own.tune, train=replace(own.tune.train, epochs=4, steps_per_epoch=9, lr=1e-5)))
+recipes = {"synq": synq_recipe, "dgh": dgh_recipe, "agm": agm_recipe}
 zsq.quantize(
     net.eval(), method, w_bits=4, a_bits=4, input_shape=(3, 8, 8), out=out, resume=resume == "yes",
-    config={"synq": synq_recipe, "dgh": dgh_recipe}[method], progress=Deadly(quiet=True),
+    config=recipes[method], progress=Deadly(quiet=True),
 )
 """
 
@@ -163,4 +167,18 @@ def test_killed_while_a_set_is_made_and_within_a_block(tmp_path):
     process = start(broken, resume=True, method="dgh")
     assert process.returncode == 0, process.stderr
     assert stages(process)[0] == "convs 2/3 from 10"
+    assert_same(broken, whole)
+
+
+def test_killed_while_generator_and_student_learn_in_turns(tmp_path):
+    """AGM: the first process dies while ranges follow the generator, the second while AGM looks for its margin."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(whole, method="agm").returncode == 0
+    assert start(broken, stage="training", step=13, method="agm").returncode == -signal.SIGKILL
+    process = start(broken, resume=True, stage="training", step=24, method="agm")
+    assert stages(process) == ["training from 10"]
+    assert process.returncode == -signal.SIGKILL
+    process = start(broken, resume=True, method="agm")
+    assert process.returncode == 0, process.stderr
+    assert stages(process) == ["training from 20"]
     assert_same(broken, whole)

@@ -18,8 +18,8 @@ from zsq_ext.api.measure import Batches, Measure, images_and_truth, pair_of
 from zsq_ext.core.progress import Progress
 from zsq_ext.core.rng import stream
 from zsq_ext.core.spec import InputSpec
+from zsq_ext.methods.alternating import Distilling
 from zsq_ext.methods.job import Images, hold_out, predictions
-from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.ops import backend
 from zsq_ext.ops.check import shown
@@ -88,8 +88,8 @@ def settings_of(
         raise TypeError(f"quantize: ideas must be a tuple of ideas such as LowPass(d0=8), got {ideas!r}")
     if ideas:
         own = settings.tune
-        if not isinstance(own, Qat):
-            raise ValueError(f"quantize: ideas must come with tune='qat', got {ideas!r} for {type(own).__name__}")
+        if not isinstance(own, Distilling):
+            raise ValueError(f"quantize: ideas must come with tune='qat', got {ideas!r} for {own.title}")
         distill = replace(own.distill, ideas=merge(own.distill.ideas, tuple(ideas)))
         settings = replace(settings, tune=replace(own, distill=distill))
     return settings
@@ -100,7 +100,7 @@ def replaced(
 ) -> list[tuple[Idea, Idea]]:
     """The method's own ideas that the user's took the place of, with other values, as (own, the user's)."""
     own = config if config is not None else chosen.config(preset, profile or chosen.profiles[0])
-    if not isinstance(own.tune, Qat) or not isinstance(settings.tune, Qat):
+    if not isinstance(own.tune, Distilling) or not isinstance(settings.tune, Distilling):
         return []
     now = {type(idea): idea for idea in settings.tune.distill.ideas}
     return [(idea, now[type(idea)]) for idea in own.tune.distill.ideas if now.get(type(idea), idea) != idea]

@@ -69,7 +69,8 @@ def quantize(
     Args:
         model: the trained network: one image batch in; logits (N, K) out, or for ``"dgh"`` any dicts and lists of
             tensors, such as a detector's heads. It is not touched.
-        method: ``"synq"``, ``"hast"``, ``"dgh"``, ``"dfq"``, or a control: ``"minmax"`` (no tuning), ``"noise"``.
+        method: ``"synq"``, ``"hast"``, ``"dgh"``; ``"gdfq"``, ``"kmdfq"``, ``"adadfq"`` and ``"agm"``, which train a
+            generator; ``"dfq"``; or a control: ``"minmax"`` (no tuning), ``"noise"``.
         w_bits: bits of the weights, 2 to 8.
         a_bits: bits of the activations, 2 to 8; None quantizes the weights only.
         input_shape: (C, H, W) of an image; or give ``input_spec``.
@@ -77,7 +78,7 @@ def quantize(
         num_classes: number of labels; read off the model's output if left out.
         preset: size of the run: ``"smoke"``, minutes to see it work; ``"cifar"`` and ``"imagenet"``, the literature's.
         profile: the variant where sources differ: ``"repo"`` or, for ``"synq"``, ``"paper"``, or, for ``"dgh"``,
-            ``"mct"``.
+            ``"mct"``; for ``"agm"`` what it is added to, ``"kmdfq"``, ``"gdfq"`` or ``"adadfq"``.
         tune: how the images are used: ``"qat"``, ``"brecq"``, ``"genie_m"``, ``"adaround"``, ``"dfq"`` or ``"none"``;
             None leaves it to the method.
         ideas: published ideas to add to the method, such as ``LowPass(d0=8)``; one of a kind replaces the method's own.

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zsq_ext.methods import synq
+from zsq_ext.methods.alternating import Distilling
 from zsq_ext.methods.dgh import DghImages
 from zsq_ext.methods.images import PixelImages
-from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, Idea, LowPass, Perturb, SoftLabels
 
@@ -29,7 +29,7 @@ def with_ideas(change: Callable[[tuple[Idea, ...]], tuple[Idea, ...]]) -> Callab
 
     def changed(recipe: Recipe) -> Recipe:
         tune = recipe.tune
-        if not isinstance(tune, Qat):
+        if not isinstance(tune, Distilling):
             raise TypeError(f"accuracy: ideas must belong to a fine-tuning, got {type(tune).__name__}")
         distill = replace(tune.distill, ideas=change(tune.distill.ideas))
         return replace(recipe, tune=replace(tune, distill=distill))

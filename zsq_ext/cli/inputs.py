@@ -45,6 +45,7 @@ LARGE: dict[str, Callable[..., nn.Module]] = {
 }
 """Networks for ImageNet's 224 x 224 images."""
 DETECTORS: dict[str, Callable[..., nn.Module]] = {"fpn_small": small_detector.fpn_small}
+"""Networks for 64 x 64 images that return raw heads."""
 ZOO = {**SMALL, **LARGE, **DETECTORS}
 
 
@@ -297,9 +298,10 @@ def _spec(
         spec = imagenet_spec
         num_classes = num_classes or spec.num_classes
     else:
-        if input_shape is None and name not in SMALL:
+        side = 32 if name in SMALL else 64 if name in DETECTORS else None
+        if input_shape is None and side is None:
             raise ValueError("--input-shape must be given where no --data says it, such as 3,32,32")
-        shape = (3, 32, 32) if input_shape is None else _numbers(input_shape, "--input-shape", int)
+        shape = (3, side, side) if input_shape is None else _numbers(input_shape, "--input-shape", int)
         spec = InputSpec(
             shape,
             mean=_numbers(mean, "--mean", float) if mean is not None else (),

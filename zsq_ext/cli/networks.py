@@ -29,8 +29,10 @@ Mean = Annotated[str | None, typer.Option(help="The input's mean per channel, su
 Std = Annotated[str | None, typer.Option(help="The input's standard deviation per channel.")]
 NumClasses = Annotated[int | None, typer.Option(help="Number of labels, where --data does not say it.")]
 Preset = Annotated[str, typer.Option(help="Size of the run: smoke (minutes), cifar, imagenet.")]
-Profile = Annotated[str | None, typer.Option(help="Variant where sources differ: repo, paper (synq), mct (dgh).")]
-Method = Annotated[str, typer.Option(help="synq, hast, dgh, dfq, or a control: minmax, noise.")]
+Profile = Annotated[str | None, typer.Option(help="Variant: repo, paper (synq), mct (dgh), kmdfq, gdfq, adadfq (agm).")]
+Method = Annotated[
+    str, typer.Option(help="synq, hast, dgh, gdfq, kmdfq, adadfq, agm, dfq, or a control: minmax, noise.")
+]
 Seed = Annotated[int, typer.Option(help="Of every random stream of the run.")]
 Device = Annotated[str | None, typer.Option(help="Where to work, such as cpu or cuda; the GPU if one is visible.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")]

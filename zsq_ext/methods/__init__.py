@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from zsq_ext.methods import controls, dfq, dgh, hast, synq
+from zsq_ext.methods import agm, controls, dfq, dgh, gdfq, hast, synq
+from zsq_ext.methods.alternating import Alternating
 from zsq_ext.methods.ptq import reconstruction
 from zsq_ext.methods.qat import Qat
 from zsq_ext.methods.recipe import Recipe, Tuning
@@ -36,6 +37,10 @@ METHODS = {
     "synq": Method("SynQ, ICLR 2025", synq.config, profiles=("repo", "paper")),
     "hast": Method("HAST, CVPR 2023: SynQ's pipeline without its three ideas", hast.config),
     "dgh": Method("DGH, WACV 2025", dgh.config, profiles=dgh.PROFILES, placement="all_layers"),
+    "agm": Method("AGM, TCSVT 2024, derived from its abstract, on KMDFQ", agm.config, profiles=agm.PROFILES),
+    "gdfq": Method("GDFQ, ECCV 2020: a generator trained in turns with the student", gdfq.recipe(gdfq.gdfq)),
+    "kmdfq": Method("KMDFQ: GDFQ with squared errors of the logits", gdfq.recipe(gdfq.kmdfq)),
+    "adadfq": Method("AdaDFQ, CVPR 2023: GDFQ with a band of disagreement", gdfq.recipe(gdfq.adadfq)),
     "dfq": Method("DFQ, ICCV 2019: weights rewritten, no images", dfq.config, makes_images=False),
     "minmax": Method("control: ranges from synthetic images, nothing tuned", controls.minmax),
     "noise": Method("control: tuned on Gaussian noise", controls.noise),
@@ -60,8 +65,9 @@ def tuning(name: str, preset: str, own: Tuning) -> Tuning:
     """The tuning of that name, for a method whose own is another.
 
     Args:
-        name: ``"qat"``: the method's own fine-tuning, or SynQ's without its three ideas; ``"brecq"``, ``"genie_m"`` or
-            ``"adaround"``: reconstruction; ``"dfq"``: equalisation and bias correction; ``"none"``: ranges alone.
+        name: ``"qat"``: the method's own fine-tuning, or SynQ's without its three ideas on a fixed set; ``"brecq"``,
+            ``"genie_m"`` or ``"adaround"``: reconstruction; ``"dfq"``: equalisation and bias correction; ``"none"``:
+            ranges alone.
         preset: size of the run.
         own: what the method does.
 
@@ -78,6 +84,8 @@ def tuning(name: str, preset: str, own: Tuning) -> Tuning:
         if isinstance(own, Qat):
             return replace(own, finetune=replace(own.finetune, epochs=0))
         return controls.ranges_alone(preset)
+    if isinstance(own, Alternating):
+        return own
     if not isinstance(own, Qat):
         return synq.plain_tuning(preset)
     if own.finetune.epochs == 0:

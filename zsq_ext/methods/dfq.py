@@ -50,6 +50,8 @@ class Dfq:
         Raises:
             ValueError: ranges should come from the batch norms, and they do not tell them all.
         """
+        if source is not None:
+            source.check(teacher, spec)
         plan(teacher, qconfig)
         if self.ranges == "batch_norms":
             check_ranges(teacher, qconfig)

@@ -41,6 +41,8 @@ class Reconstruction:
         Raises:
             ValueError: the weight ranges would follow the live weights.
         """
+        if source is not None:
+            source.check(teacher, spec)
         require("Reconstruction", "w_range", qconfig.w_range, qconfig.w_range == "lp", "be 'lp', which stands still")
         plan(teacher, qconfig)
 

@@ -55,6 +55,8 @@ class Qat:
         return "fine-tuning" if self.finetune.epochs > 0 else "ranges alone"
 
     def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, source: ImageSource | None) -> None:
+        if source is not None:
+            source.check(teacher, spec)
         if self.finetune.epochs > 0 or self.ranges == "generator":
             require_classes("fine-tuning by distillation (tune='qat')", spec)
         if self.ranges == "generator" and qconfig.a_bits is not None and source is not None:

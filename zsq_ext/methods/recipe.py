@@ -47,7 +47,10 @@ class Tuning(Protocol):
         """What it does to the network, in words for a report."""
 
     def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, source: ImageSource | None) -> None:
-        """Raises ValueError for what cannot work, before any work begins. No source: the images are the user's."""
+        """Raises ValueError for what cannot work, the source's images too, before any work begins.
+
+        No source: the images are the user's.
+        """
 
     def run(self, job: Job, source: ImageSource) -> Outcome:
         """From the teacher to the quantized network: on ``images_of(job, source)``, or on what the source's generator
@@ -66,8 +69,6 @@ class Recipe:
 
     def check(self, teacher: fx.GraphModule, spec: InputSpec, qconfig: QConfig, given: bool) -> None:
         """Raises ValueError for what would otherwise be noticed only after the images were made."""
-        if not given:
-            self.images.check(teacher, spec)
         self.tune.check(teacher, spec, qconfig, None if given else self.images)
 
     def run(self, job: Job) -> Outcome:

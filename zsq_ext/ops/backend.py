@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from zsq_ext.ops.layout import head
 
@@ -129,7 +130,13 @@ def find(op: str, device: torch.device | str, dtype: torch.dtype, chosen: str) -
     )
 
 
-_PLAIN = Tensor, torch.nn.Parameter
+# What an argument may be that torch's dispatcher hands on as it is; of a tensor see `_is_direct`.
+_VALUES = frozenset((int, float, bool, str, type(None), torch.dtype))
+
+# By names of their own, because every call asks them all.
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_tracing, _modes, _is_mode = _C._is_tracing, _C._len_torch_dispatch_stack, _C._is_torch_function_mode_enabled
+_transform, _is_profiling = _C._functorch.peek_interpreter_stack, _C._autograd._profiler_enabled
 
 
 def _is_direct(args: Sequence[Any]) -> bool:
@@ -140,23 +147,22 @@ def _is_direct(args: Sequence[Any]) -> bool:
     that autograd follows; and for lists, of which it makes its own.
     """
     if (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or forward_ad._current_level >= 0
-        or _C._is_tracing()
-        or _C._len_torch_dispatch_stack()
-        or _C._is_torch_function_mode_enabled()
-        or _C._functorch.peek_interpreter_stack() is not None
-        or _C._autograd._profiler_enabled()
+        or _is_tracing()
+        or _modes()
+        or _is_mode()
+        or _transform() is not None
+        or _is_profiling()
     ):
         return False
-    followed = torch.is_grad_enabled()
+    followed = _is_grad_enabled()
     for value in args:
-        if isinstance(value, Tensor):
-            if type(value) not in _PLAIN or value.is_neg() or value._is_zerotensor():
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if value.is_neg() or value._is_zerotensor() or (followed and value.requires_grad):
                 return False
-            if followed and value.requires_grad:
-                return False
-        elif isinstance(value, (list, tuple)):
+        elif kind not in _VALUES:
             return False
     return True
 

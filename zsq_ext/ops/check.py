@@ -292,12 +292,12 @@ def grid(
         learned: zero_point has scale's dtype.
         groups: a channel of a first dimension may have several grids.
     """
+    scale_type, zero_type = COMPUTE[of], COMPUTE[of] if learned else torch.int32
+    if _is_one(scale, scale_type, x) and _is_one(zero_point, zero_type, x):  # as it often is, of small tensors too
+        return scale, zero_point
     channels = 1 if axis is None else x.size(axis)
     groups = groups and axis == 0
-    for name, t, dtype in (
-        (called[1], scale, COMPUTE[of]),
-        (called[2], zero_point, COMPUTE[of] if learned else torch.int32),
-    ):
+    for name, t, dtype in ((called[1], scale, scale_type), (called[2], zero_point, zero_type)):
         tensor(op, name, t, at)
         if t.dtype is not dtype:
             under = " under lsq_plus" if learned and t is zero_point else ""
@@ -313,6 +313,10 @@ def grid(
     if scale.shape != zero_point.shape:
         scale, zero_point = _alike(op, f"{called[1]}{at}", f"{called[2]}{at}", scale, zero_point)
     return scale.contiguous(), zero_point.contiguous()
+
+
+def _is_one(t: Any, dtype: torch.dtype, x: Tensor) -> bool:
+    return type(t) is Tensor and t.dtype is dtype and t.layout is _DENSE and t.shape == (1,) and t.device == x.device
 
 
 def _check_groups(op: str, name: str, x: Tensor, t: Tensor) -> None:

@@ -134,6 +134,10 @@ class Distiller:
             raise ValueError("Distiller.of_logits: ideas must need logits alone, got ones that need maps or images")
         return self._bracket(_Seen(student, (), {}), _Seen(teacher, (), {}), labels, None, None)[0]
 
+    def answer(self, images: Tensor) -> Tensor:
+        """The student's logits (B, K), with a graph back to its parameters and to images that have one."""
+        return self._student.run(images, with_grad=True).logits
+
     def ask(self, images: Tensor) -> Tensor:
         """The teacher's logits (B, K), without a graph."""
         return self._teacher.run(images).logits

@@ -4,8 +4,8 @@ Mutants tried, each red in the test named: the minimum of the band detached (the
 without its K (same); p r summed as it stands (small_differences...); f - q and f + q exchanged (agreement_and...); a
 scale with a gradient (the_gradient_has_its_closed_form); no centring (the_discrepancy_ignores...); no floor under the
 root (equal_networks...); Phi(-u) for Phi(u), and 1 + erf in its tail (the_slopes..., the_tail...); the guard behind the
-loss instead of before it (a_batch_that_is_not_finite...); the limit always on, on the wrong side, or stretching
-(limited...); nothing widened (narrow_logits...).
+loss instead of before it, of one network, or blind to squares that overflow (a_batch_that_is_not_finite...); the limit
+always on, on the wrong side, or stretching (limited...); nothing widened (narrow_logits...).
 """
 
 import copy

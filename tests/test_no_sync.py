@@ -24,7 +24,7 @@ from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import calibrating
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.quant.structure import heads
-from zsq_ext.synth import augment, filters, objectives
+from zsq_ext.synth import adversarial, augment, filters, objectives
 from zsq_ext.synth.generate import GeneratorConfig, GeneratorTrainer, generator_terms
 from zsq_ext.synth.generator import KINDS
 from zsq_ext.synth.objectives import Statistics
@@ -34,6 +34,9 @@ from zsq_ext.synth.stored import StoredConfig, View
 from zsq_ext.synth.teacher import Teacher
 from zsq_ext.synth.whole_set import RunningTotals, SetTeacher
 from zsq_ext.tune import cam, learn, losses
+from zsq_ext.tune.ideas import Agm
+from zsq_ext.tune.margin import AgmMargin
+from zsq_ext.tune.mix import Mixing
 from zsq_ext.tune.reconstruct_config import GENIE_M
 from zsq_ext.tune.rows import Rows
 from zsq_ext.tune.soft import SoftUnit
@@ -163,6 +166,27 @@ def tuning_losses():
     return run
 
 
+def adversarial_losses():
+    """AGM's loss with its guards, its margin as it is found, the entropy band, and a mixed batch."""
+    student, teacher, labels = normal(4, 10).requires_grad_(), normal(4, 10), torch.arange(4, device=DEVICE)
+    images, margin = normal(4, 3, 8, 8), AgmMargin(Agm(), 0, 2, torch.device(DEVICE))
+    mixing = Mixing(torch.tensor([1, 0, 3, 2], device=DEVICE), torch.tensor(0.3, device=DEVICE))
+
+    def run():
+        for step, form in enumerate(adversarial.MARGIN_FORMS[:2]):
+            found = adversarial.adversarial_margin(student, teacher, margin.margin, margin.sigma, form=form)
+            band = adversarial.entropy_band(student, teacher, 0.1, 0.8)
+            for term in (adversarial.disagreement, adversarial.agreement):
+                band = band + term(student, teacher, labels)
+            (gradient,) = torch.autograd.grad(found.loss + band, student)
+            adversarial.limited(gradient, 2 * gradient, found.median)
+            margin.watch(step, found.median)
+        mixing.of(images)
+        mixing.labels(labels)
+
+    return run
+
+
 def class_activation_maps():
     feature, maps = normal(4, 6, 5, 5).requires_grad_(), normal(4, 6, 5, 5)
     weight, slope = normal(10, 6), normal(6)
@@ -190,6 +214,7 @@ def class_activation_maps():
         image_objectives,
         whole_set,
         generator_step,
+        adversarial_losses,
         image_pipeline,
         tuning_losses,
         class_activation_maps,

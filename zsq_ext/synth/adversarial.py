@@ -7,6 +7,11 @@ networks, and the caller decides whose gradient it takes.
 AGM's paper (Luo et al., IEEE TCSVT 2024, 10.1109/TCSVT.2024.3399311) was available to us as an abstract alone, so its
 "adversarial Gaussian-margin loss" is *derived* here, not quoted: it is adversarial (descending it raises the
 discrepancy), stronger where the discrepancy is small, and fades once that is clearly large.
+
+It is eager PyTorch and no fused op: on one CPU core, forward and backward took 0.3, 0.5 and 0.3 ms at B x K = 32 x 40,
+200 x 100 and 16 x 1000, of a generator's step of 1.7, 10 and 40 s (ResNet-20 twice, ResNet-18 at 224 px; student and
+teacher included): 2 in 10 000 at most. In calls it is 86 beside that step's 441 (550 at 224 px), so a GPU that waits
+for launches would notice; a CUDA graph takes that away too, and no GPU has been asked yet.
 """
 
 from __future__ import annotations
@@ -220,7 +225,8 @@ def adversarial_margin(
 ) -> Margin:
     """AGM's loss of a batch, unweighted: the mean of `gaussian_margin` over its `discrepancy`.
 
-    A batch in which any discrepancy is not finite is passed over: its loss and its gradient are zero, its median NaN.
+    A batch whose logits, or the sum of their squares, are not finite is passed over: its loss and its gradient are
+    zero, its median is NaN.
 
     Args:
         student, teacher: logits (B, K).
@@ -230,13 +236,12 @@ def adversarial_margin(
     Returns:
         (loss, median).
     """
-    with torch.no_grad():
-        seen = discrepancy(student, teacher, kind)
-        usable = seen.isfinite().all()
-        median = torch.where(usable, seen.median(), math.nan)
+    with torch.no_grad():  # twice the squares of both bound the square of any gap between them
+        usable = (2 * (widen(student).square() + widen(teacher).square()).sum()).isfinite()
     # chosen before anything is computed: a zero that meets a NaN on its way back is a NaN
     d = discrepancy(torch.where(usable, student, 0.0), torch.where(usable, teacher, 0.0), kind)
-    return Margin(torch.where(usable, gaussian_margin(d, margin, sigma, form).mean(), 0.0), median)
+    loss = torch.where(usable, gaussian_margin(d, margin, sigma, form).mean(), 0.0)
+    return Margin(loss, torch.where(usable, d.detach().median(), math.nan))
 
 
 def limited(base: Tensor, extra: Tensor, right: Tensor, below: float = 0.5) -> Tensor:

@@ -66,7 +66,7 @@ struct Backward {
 
 #ifdef ZSQ_HAS_AVX2
 
-  ZSQ_AVX2 void eight(int64_t i, int64_t byte, const Channel8& c, Totals8<kEnds>& all) const {
+  ZSQ_AVX2_INLINE void eight(int64_t i, int64_t byte, const Channel8& c, Totals8<kEnds>& all) const {
     const __m256 x = load8(u + i), d = _mm256_sub_ps(x, c.mean);
     __m256 w = _mm256_setzero_ps();
     if (grad) {

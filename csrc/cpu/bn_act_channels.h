@@ -52,7 +52,7 @@ class Channels {
 #ifdef ZSQ_HAS_AVX2
 
   // Of channels c to c + 7.
-  ZSQ_AVX2 Channel8 eight(int64_t c, int64_t group) const {
+  ZSQ_AVX2_INLINE Channel8 eight(int64_t c, int64_t group) const {
     Channel8 out{_mm256_loadu_ps(&a_[c]), _mm256_loadu_ps(&b_[c]), _mm256_loadu_ps(mean_ + c), {}, {}, {}};
     if (s1_) {
       out.slope = _mm256_mul_ps(_mm256_set1_ps(2.0f), _mm256_loadu_ps(s2_ + group * count + c));

@@ -28,10 +28,13 @@ _SMALLEST_COPY, _LARGEST_COPY = 1 << 22, {"cpu": 1 << 28, "cuda": 1 << 31}
 _UNKNOWN_CACHE = 16 << 20
 # More copies of a small input would not be further from the cache, only slower to make.
 _MAX_COPIES = 64
-# Counted calls of a turn, which ends early where they are slow; a call as slow as that is counted even as the first.
-_CALLS, _TURN_MS = 6, 50.0
+# Counted calls of a turn, which ends early where they are slow: after this long, or sooner where all have little time.
+# A call as slow as that is counted even as the first.
+_CALLS, _TURN_MS, _SHORTEST_TURN_MS = 6, 50.0, 10.0
+# A round as long as that is not repeated for a second look.
+_LONG_ROUND = 0.5
 # How long a subject is timed, its peers included.
-SECONDS = 0.15
+SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,9 @@ def compare(
     Args:
         contenders: name -> function of one element of inputs, unpacked.
         inputs: see `copies`.
-        seconds: about how long all of it may take; at least 2 rounds run, and at most 500.
+        seconds: about how long all of it may take; at least 2 rounds run where they are not long, and at most 500.
     """
+    turn_ms = min(_TURN_MS, max(_SHORTEST_TURN_MS, 500 * seconds / len(contenders)))
     clock = _cuda_ms if device == "cuda" else _cpu_ms
     taken = itertools.cycle(inputs)
 
@@ -82,7 +86,7 @@ def compare(
         inner, on = (function.function, function.on) if isinstance(function, Forced) else (function, None)
         with contextlib.nullcontext() if on is None else backend(on):
             found = [clock(inner, next(taken))]
-            while len(found) <= _CALLS and sum(found) < _TURN_MS:
+            while len(found) <= _CALLS and sum(found) < turn_ms:
                 found.append(clock(inner, next(taken)))
             return found[1:] or found
 
@@ -90,7 +94,8 @@ def compare(
         function(*inputs[0])
     begin = time.perf_counter()
     times = {name: turn(function) for name, function in contenders.items()}
-    rounds = int(min(500, max(2, seconds / (time.perf_counter() - begin))))
+    round_ = time.perf_counter() - begin
+    rounds = int(min(500, max(2 if round_ < _LONG_ROUND else 1, seconds / round_)))
     names = list(contenders)
     order = random.Random(0)
     for _ in range(1, rounds):

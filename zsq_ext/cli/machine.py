@@ -54,7 +54,7 @@ def bench(
     ] = None,
     inductor: Annotated[bool, typer.Option("--inductor", help="Also time torch.compile of the eager peers.")] = False,
     seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="How long each op is timed in each case, peers included; 0.15.")
+        float | None, typer.Option(min=0.0, help="How long each op is timed in each case, peers included; 0.1.")
     ] = None,
     compare: Annotated[
         Path | None, typer.Option(help="An older --json file: shows what changed beyond the noise of both runs.")

@@ -17,6 +17,7 @@ import zsq_ext as zsq
 from zsq_ext import api, methods
 from zsq_ext.core.progress import QUIET, Progress
 from zsq_ext.methods import synq
+from zsq_ext.methods.job import Images
 from zsq_ext.quant.modules import activation_quantizers
 from zsq_ext.tune.ideas import CamAlign, FeatureAlign, LowPass, SoftLabels
 
@@ -267,6 +268,9 @@ def test_images_of_the_users_own(nets, model):
     assert result.histories["images"] == []
     predicted = quantize(model, images=images, tune="none")
     assert torch.equal(predicted.labels, model(predicted.images).argmax(1))
+    unlabelled = Images(images[:20], None, images[20:], None)
+    predicted = quantize(model, images=unlabelled, tune="none")
+    assert torch.equal(predicted.labels, model(images[:20]).argmax(1))
     # without batch norm there is nothing to make images from, and nothing for feature alignment to compare
     bare = nets.vgg(norm=False)
     assert quantize(bare, images=images, ideas=FeatureAlign(0)).images.shape == (21, 3, 8, 8)

@@ -197,7 +197,14 @@ def given_images(
         _check_images(images.images, images.labels, spec)
         if len(images.held_out):
             _check_images(images.held_out, images.held_out_labels, spec)
-        return images.to(device)
+        images = images.to(device)
+        if images.labels is not None or spec.num_classes is None:
+            return images
+        known, others = (
+            predictions(teacher, part) if len(part) else torch.zeros(0, dtype=torch.int64, device=device)
+            for part in (images.images, images.held_out)
+        )
+        return replace(images, labels=known, held_out_labels=others)
     _check_images(images, labels, spec)
     images = images.detach().to(device)
     if labels is None and spec.num_classes is not None:

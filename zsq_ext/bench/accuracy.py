@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--table", choices=TABLES, required=True, help="what the table is about")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that it holds are not run again")
     parser.add_argument("--model", action="append", help="only this network; all of the table by default")
+    parser.add_argument("--preset", choices=methods.PRESETS, default="smoke", help="size of the runs")
     parser.add_argument("--seeds", type=int, nargs="*", help="only these seeds, to share a table among processes")
     parser.add_argument("--images", type=int, help="only so many test images")
     parser.add_argument("--minutes", type=float, help="begin no further row after this long")
@@ -281,7 +282,7 @@ def main() -> None:
     for plan in plans:
         test = tests[plan.task]
         seeds = tuple(seed for seed in range(plan.seeds) if args.seeds is None or seed in args.seeds)
-        run_table(table, plan, seeds, test, deadline=deadline, progress=progress)
+        run_table(table, plan, seeds, test, preset=args.preset, deadline=deadline, progress=progress)
     sys.stdout.write(summary(table.rows, tuple(plans[0].variants[i].name for i in range(3)) if plans else ()))
 
 

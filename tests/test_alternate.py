@@ -1,10 +1,10 @@
 """The alternating trainer: it is GDFQ's loop, written out plainly here; what it shares, freezes and leaves be.
 
 Broken on purpose, each turned a test here red: AGM's gradient through the student or the teacher alone, without the
-generator's own, without its limit, or in the epoch that finds its margin; a weight of 0 that still asks the student;
-the teacher's answers to the unmixed images; a second forward where one serves both steps; ranges that follow on; a student
-that learns in the warm-up; either learning rate that does not fall; a checkpoint without the ranges, the margin or
-either optimizer.
+generator's own, without its limit, or in the epoch that finds its margin; a weight of 0 that still asks the
+student; the teacher's answers to the unmixed images; a second forward where one serves both steps; ranges that
+follow on; a student that learns in the warm-up; either learning rate that does not fall; a checkpoint without the
+ranges, the margin or either optimizer.
 """
 
 import copy

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
+from zsq_ext.core.check import require
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.core.steps import Terms
 from zsq_ext.methods.generated import GeneratedImages
@@ -52,7 +53,12 @@ class Alternating:
                 "quantize: images must be left out where a generator makes them on the way, got images; "
                 "method='noise' fine-tunes on yours"
             )
-        _generated(source).check_network(teacher, spec)
+        made, train = _generated(source), self.train
+        made.check_network(teacher, spec)
+        epoch, rule = made.generator.steps_per_epoch, f"be {train.steps_per_epoch}, the student's"
+        require("Alternating", "generator.steps_per_epoch", epoch, epoch == train.steps_per_epoch, rule)
+        known = made.band is None or train.range_start == 0
+        require("Alternating", "range_start", train.range_start, known, "be 0 where the generator sees the student")
         Distiller(teacher, teacher, self.distill)
 
     def run(self, job: Job, source: ImageSource) -> Outcome:

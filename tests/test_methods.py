@@ -12,8 +12,10 @@ from zsq_ext.core.progress import QUIET
 from zsq_ext.core.run import Run
 from zsq_ext.core.spec import InputSpec
 from zsq_ext.methods import controls, hast, qat, synq
+from zsq_ext.methods.alternating import Alternating
 from zsq_ext.methods.dfq import Dfq
 from zsq_ext.methods.dgh import DghImages
+from zsq_ext.methods.generated import GeneratedImages
 from zsq_ext.methods.images import GaussianImages, PixelImages
 from zsq_ext.methods.job import Images, Job
 from zsq_ext.methods.ptq import Reconstruction
@@ -86,6 +88,7 @@ HALVES = {
     "synq": (PixelImages, Qat),
     "hast": (PixelImages, Qat),
     "dgh": (DghImages, Reconstruction),
+    **dict.fromkeys(("agm", "gdfq", "kmdfq", "adadfq"), (GeneratedImages, Alternating)),
     "dfq": (GaussianImages, Dfq),
     "minmax": (PixelImages, Qat),
     "noise": (GaussianImages, Qat),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from zsq_ext.core.steps import sum_terms
 from zsq_ext.methods import synq
 from zsq_ext.ops import distill_head
 from zsq_ext.quant.capture import capture
@@ -17,7 +18,7 @@ from zsq_ext.quant.modules import calibrating
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.quant.structure import cam_layer, classifier_tail
 from zsq_ext.tune.cam import autograd_alpha
-from zsq_ext.tune.distill import DistillConfig, Distiller, _Network, sum_terms
+from zsq_ext.tune.distill import DistillConfig, Distiller, _Network
 from zsq_ext.tune.ideas import Agm, CamAlign, FeatureAlign, LowPass, Mix, Perturb, SoftLabels
 from zsq_ext.tune.losses import feature_alignment, signed_perturbation
 from zsq_ext.zoo.small_nets import mobilenet_small, resnet20

@@ -17,14 +17,14 @@ from recipes import changed
 import zsq_ext as zsq
 from zsq_ext.core.progress import QUIET
 from zsq_ext.core.run import Run
-from zsq_ext.core.steps import Stage
+from zsq_ext.core.steps import Stage, sum_terms
 from zsq_ext.methods import synq
 from zsq_ext.ops import distill_head
 from zsq_ext.quant.config import QConfig
 from zsq_ext.quant.modules import calibrating
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.synth.pixels import PixelConfig
-from zsq_ext.tune.distill import DistillConfig, Distiller, sum_terms
+from zsq_ext.tune.distill import DistillConfig, Distiller
 from zsq_ext.tune.finetune import TuneConfig, finetune
 from zsq_ext.tune.ideas import Agm, CamAlign, FeatureAlign, Mix, Perturb, SoftLabels
 from zsq_ext.tune.mix import MixedLabels, Mixer, Mixing, draw

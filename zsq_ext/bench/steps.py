@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zsq_ext.bench import dgh_step, timing
 from zsq_ext.core.progress import Progress
+from zsq_ext.core.steps import sum_terms
 from zsq_ext.methods import synq
 from zsq_ext.ops import backend
 from zsq_ext.quant.capture import capture
@@ -29,7 +30,7 @@ from zsq_ext.quant.modules import calibrating
 from zsq_ext.quant.prepare import prepare
 from zsq_ext.synth.objectives import Statistics
 from zsq_ext.synth.teacher import Context, Teacher
-from zsq_ext.tune.distill import Distiller, sum_terms
+from zsq_ext.tune.distill import Distiller
 from zsq_ext.zoo import small_nets
 
 BATCH = 32

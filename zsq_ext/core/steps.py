@@ -22,6 +22,11 @@ Terms = dict[str, Tensor]
 """Loss terms by name, each a 0-d tensor."""
 
 
+def sum_terms(terms: Terms) -> Tensor:
+    """The loss: the sum of the weighted terms."""
+    return torch.stack(list(terms.values())).sum()
+
+
 @dataclass(frozen=True)
 class Stage:
     """One named part of a run: checkpoints, random streams and the progress bar go by its name.

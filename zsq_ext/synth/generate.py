@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zsq_ext.core.check import require
-from zsq_ext.core.steps import Stage, State, Terms, run_steps
+from zsq_ext.core.steps import Stage, State, Terms, run_steps, sum_terms
 from zsq_ext.quant.graph import is_classifier, outputs
 from zsq_ext.synth.generator import KINDS, Generator
 from zsq_ext.synth.objectives import Statistics, bn_statistics_loss, cross_entropy
@@ -220,7 +220,7 @@ def train_generator(
         z, labels = trainer.draw(n)
         images = trainer.images(z, labels)
         terms = generator_terms(teacher.observe(images, labels), teacher.target, config)
-        loss = torch.stack(list(terms.values())).sum()
+        loss = sum_terms(terms)
         trainer.step(torch.autograd.grad(loss, trainer.parameters), n)
         if on_images is not None:
             on_images(images.detach())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zsq_ext.core.check import require
-from zsq_ext.core.steps import Stage, State, Terms, end_stage, run_steps
+from zsq_ext.core.steps import Stage, State, Terms, end_stage, run_steps, sum_terms
 from zsq_ext.synth.augment import random_resized_crop_flip
 from zsq_ext.synth.teacher import Context, Teacher
 
@@ -108,7 +108,7 @@ def _one_batch(
             if torch.rand((), generator=coin) < config.crop_probability:
                 seen = random_resized_crop_flip(seen, stage.stream("crop", n, device), config.crop_scale)
         terms = objective(teacher.observe(seen, labels))
-        loss = torch.stack(list(terms.values())).sum()
+        loss = sum_terms(terms)
         (images.grad,) = torch.autograd.grad(loss, [images])
         optimizer.step()
         schedule.step(loss.detach())

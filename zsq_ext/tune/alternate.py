@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from zsq_ext.core.check import require
-from zsq_ext.core.steps import Stage, State, Terms, run_steps
+from zsq_ext.core.steps import Stage, State, Terms, run_steps, sum_terms
 from zsq_ext.quant.fuse import fuse
 from zsq_ext.quant.modules import RangeTrace, activation_quantizers, calibrating
 from zsq_ext.quant.prepare import weights_together
@@ -29,7 +29,7 @@ from zsq_ext.synth.adversarial import adversarial_margin, discrepancy, limited
 from zsq_ext.synth.drift import Drift
 from zsq_ext.synth.generate import GeneratorTrainer
 from zsq_ext.synth.teacher import Context, Teacher
-from zsq_ext.tune.distill import Distiller, sum_terms
+from zsq_ext.tune.distill import Distiller
 from zsq_ext.tune.finetune import Tuned
 from zsq_ext.tune.ideas import Agm, Mix
 from zsq_ext.tune.margin import AgmMargin

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from zsq_ext.core.check import require
-from zsq_ext.core.steps import Terms
+from zsq_ext.core.steps import Terms, sum_terms
 from zsq_ext.ops import KD_SCALINGS, distill_head
 from zsq_ext.ops.heads_distill import Distilled
 from zsq_ext.quant.fuse import fuse
@@ -202,11 +202,6 @@ class Distiller:
             size=(int(size[0]), int(size[1])),
             floor=ALPHA_FLOOR if cam.clamp else None,
         )
-
-
-def sum_terms(terms: Terms) -> Tensor:
-    """The loss: the sum of the weighted terms."""
-    return torch.stack(list(terms.values())).sum()
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zsq_ext.core.steps import Stage, State, Terms, run_steps
+from zsq_ext.core.steps import Stage, State, Terms, run_steps, sum_terms
 from zsq_ext.ops import qdrop
-from zsq_ext.tune.distill import sum_terms
 from zsq_ext.tune.reconstruct_config import ReconstructConfig
 from zsq_ext.tune.rows import Rows
 from zsq_ext.tune.soft import SoftUnit

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from zsq_ext.core.check import require
-from zsq_ext.core.steps import Terms
+from zsq_ext.core.steps import Terms, sum_terms
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,9 @@ class SgdConfig:
         require(name, "nesterov", self.nesterov, not self.nesterov or self.momentum > 0, "have a momentum")
         require(name, "clip", self.clip, self.clip is None or self.clip > 0, "be None or positive")
 
-
-def rate(lr: float, lr_epochs: tuple[int, ...], epoch: int) -> float:
-    """The learning rate of an epoch, counted from 0: a tenth after every epoch of the schedule."""
-    return lr * 0.1 ** sum(epoch >= e for e in lr_epochs)
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 0: a tenth after every epoch of the schedule."""
+        return self.lr * 0.1 ** sum(epoch >= e for e in self.lr_epochs)
 
 
 class Sgd:
@@ -62,9 +61,8 @@ class Sgd:
     def step(self, terms: Terms, epoch: int) -> None:
         """One step down the sum of the terms, at the rate of that epoch."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(self.config.lr, self.config.lr_epochs, epoch)
-        loss = torch.stack(list(terms.values())).sum()
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            group["lr"] = self.config.lr_at(epoch)
+        gradients = torch.autograd.grad(sum_terms(terms), self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         if self.config.clip is not None:
